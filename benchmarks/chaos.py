@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,8 @@ async def break_down(engine: AsyncLLM, tally: Tally, every: float, until: float)
         fault, pid = random.choice(FAULTS), engine.engine_pid
         tally.faults += 1
         tally.seen[fault] = tally.seen.get(fault, 0) + 1
-        try:
+        with suppress(ProcessLookupError):
             await inflict(fault, pid, engine)
-        except ProcessLookupError:
-            pass
         await asyncio.sleep(1.0)  # until the fault is noticed
         while engine.state != "ready" and time.monotonic() < until:
             await asyncio.sleep(0.05)

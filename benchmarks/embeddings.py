@@ -1,17 +1,23 @@
 """Texts per second of an embedding model, and what int8 changes: `python -m benchmarks.embeddings MODEL`.
 
 Every cell embeds a batch of texts of equal length, by token ids, so that no padding helps or hurts a peer. Quire in
-float32 and int8, transformers and, where they are installed, sentence-transformers and fastembed (onnxruntime) take
-turns on the same weights and threads; the best round counts. `--onnx` is the folder of the model's ONNX export. Prints
-JSON; the last entry is the cosine between the vectors of int8 and float32 for texts of `docs/`.
+float32 and int8 and its peers take turns on the same weights and threads. `--python` is an interpreter with the peers
+(torch, transformers, sentence-transformers, onnxruntime, onnx); each runs in a process of its own. A cell has the
+texts per CPU second of the median round, since other work on the machine changes seconds more than CPU seconds, and
+for each peer the median of its CPU seconds by those of Quire in float32 in the same round. Prints JSON; the last entry
+is the cosine between the vectors of int8 and float32 for texts of `docs/`.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,102 +26,90 @@ import torch
 from quire import LLM
 
 TokenIds = list[list[int]]
-Embed = Callable[[TokenIds], Any]
+Embed = Callable[[TokenIds], tuple[float, Sequence[float]]]
+"""Texts -> CPU seconds, and the first text's vector."""
 LENGTHS, BATCHES = (16, 64, 128, 256, 512), (1, 8, 64, 256)
+PEERS = ("transformers", "sentence-transformers", "onnxruntime")
+QUIRE = "quire float32"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("model", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--most", type=int, default=2**17, help="tokens of the largest cell")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--onnx", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     llms = {f"quire {form or 'float32'}": open_quire(arguments, form) for form in (None, "int8")}
-    engines: dict[str, Embed] = {name: quire_embed(llm) for name, llm in llms.items()}
-    engines |= peers(arguments)
+    engines: dict[str, Embed] = {name: partial(run_quire, llm) for name, llm in llms.items()}
+    engines |= {name: start_peer(name, arguments) for name in arguments.peers}
     longest = min(llm.memory_plan.max_model_len for llm in llms.values())
-    cells = []
     for length in arguments.lengths:
-        for batch in arguments.batches if length <= longest else ():
-            texts = np.random.default_rng(length).integers(1000, 20000, (batch, length)).tolist()
-            rates = {name: batch / seconds for name, seconds in measure(engines, texts, arguments.rounds).items()}
-            cells.append({"tokens": length, "batch": batch, **{name: round(rate, 1) for name, rate in rates.items()}})
-            print(json.dumps(cells[-1]), flush=True)
+        for batch in arguments.batches:
+            if length <= longest and length * batch <= arguments.most:
+                texts = np.random.default_rng(length).integers(1000, 20000, (batch, length)).tolist()
+                print(json.dumps(cell(engines, texts, arguments.rounds)), flush=True)
     exact, rounded = llms.values()
-    print(json.dumps({"cosine of int8": cosines(exact, rounded)}))
+    print(json.dumps({"cosine of int8": cosines(exact, rounded), "load average": os.getloadavg()}))
 
 
 def open_quire(arguments: argparse.Namespace, form: str | None) -> LLM:
-    return LLM(arguments.model, threads=arguments.threads, quantization=form)
+    return LLM(str(arguments.model), threads=arguments.threads, quantization=form)
 
 
-def quire_embed(llm: LLM) -> Embed:
-    return lambda texts: llm.embed(texts, use_tqdm=False)
+def run_quire(llm: LLM, texts: TokenIds) -> tuple[float, Sequence[float]]:
+    started = time.process_time()
+    outputs = llm.embed(texts, use_tqdm=False)
+    return time.process_time() - started, outputs[0].outputs.embedding
 
 
-def measure(engines: dict[str, Embed], texts: TokenIds, rounds: int) -> dict[str, float]:
-    """Seconds of the best round of each engine, in turns."""
-    best = dict.fromkeys(engines, float("inf"))
-    for embed in engines.values():
-        embed(texts)
+def start_peer(name: str, arguments: argparse.Namespace) -> Embed:
+    """Start a peer's process and wait until it is ready."""
+    script = Path(__file__).with_name("embedding_peers.py")
+    command = [arguments.python, str(script), name, str(arguments.model), str(arguments.threads)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    asks, answers = process.stdin, process.stdout
+
+    def answer() -> Any:
+        line = answers.readline()
+        if not line:
+            sys.exit(f"{name} ended; its messages are above")
+        return json.loads(line)
+
+    def embed(texts: TokenIds) -> tuple[float, Sequence[float]]:
+        asks.write(json.dumps(texts) + "\n")
+        asks.flush()
+        _, cpu_seconds, vector = answer()
+        return cpu_seconds, vector
+
+    answer()
+    return embed
+
+
+def cell(engines: dict[str, Embed], texts: TokenIds, rounds: int) -> dict[str, Any]:
+    """One line of the table."""
+    vectors = {name: embed(texts)[1] for name, embed in engines.items()}
+    for name, vector in vectors.items():
+        similar = float(np.dot(vector, vectors[QUIRE]))
+        assert similar > (0.99 if "int8" in name else 0.9999), f"{name} computes another vector: cosine {similar}"
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
         for name, embed in engines.items():
-            started = time.perf_counter()
-            embed(texts)
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
-
-
-def peers(arguments: argparse.Namespace) -> dict[str, Embed]:
-    """The engines that are installed beside Quire."""
-    from transformers import AutoModel
-
-    model = AutoModel.from_pretrained(arguments.model).eval()
-    found: dict[str, Embed] = {"transformers": lambda texts: run_torch(model, texts)}
-    if find_spec("sentence_transformers"):
-        from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
-
-        modules = SentenceTransformer(arguments.model, device="cpu")
-        found["sentence-transformers"] = lambda texts: run_modules(modules, texts)
-    if arguments.onnx is not None and find_spec("onnxruntime"):
-        from onnxruntime import InferenceSession, SessionOptions  # type: ignore[import-not-found]
-
-        options = SessionOptions()
-        options.intra_op_num_threads = arguments.threads
-        session = InferenceSession(str(arguments.onnx / "model.onnx"), options)
-        found["onnxruntime"] = lambda texts: run_onnx(session, texts)
-    return found
-
-
-def run_torch(model: Any, texts: TokenIds) -> None:
-    """Mean pooling over batches of 32, the default of sentence-transformers."""
-    with torch.inference_mode():
-        for part in parts(texts):
-            ids = torch.tensor(part)
-            model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(1)
-
-
-def run_modules(modules: Any, texts: TokenIds) -> None:
-    with torch.inference_mode():
-        for part in parts(texts):
-            ids = torch.tensor(part)
-            modules({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-
-def run_onnx(session: Any, texts: TokenIds) -> None:
-    names = {entry.name for entry in session.get_inputs()}
-    for part in parts(texts):
-        ids = np.array(part, dtype=np.int64)
-        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        session.run(None, {name: array for name, array in given.items() if name in names})[0].mean(1)
-
-
-def parts(texts: TokenIds) -> list[TokenIds]:
-    return [texts[first : first + 32] for first in range(0, len(texts), 32)]
+            seconds[name].append(embed(texts)[0])
+    own = seconds[QUIRE]
+    ratios = {
+        name: round(median(other / mine for other, mine in zip(times, own, strict=True)), 2)
+        for name, times in seconds.items()
+        if name != QUIRE
+    }
+    rates = {name: round(len(texts) / median(times), 1) for name, times in seconds.items()}
+    return {"tokens": len(texts[0]), "batch": len(texts), "texts per CPU second": rates, "times of float32": ratios}
 
 
 def cosines(exact: LLM, rounded: LLM) -> dict[str, float]:

@@ -10,12 +10,11 @@ import argparse
 import statistics
 import time
 
-from benchmarks.paper.experiments import TRACES
 from quire.simulation.devices import DEVICES
 from quire.simulation.model_shapes import MODEL_SHAPES
 from quire.simulation.settings import POLICIES, SimulationSettings
 from quire.simulation.simulate import run_simulation
-from quire.simulation.trace import find_trace, read_trace
+from quire.simulation.trace import TRACES, find_trace, read_trace
 
 NUM_REQUESTS = {"sharegpt_papermean": 2000, "alpaca_like": 8000}
 

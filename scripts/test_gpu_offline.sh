@@ -35,4 +35,5 @@ if ! cmp -s constraints-gpu.txt "$env/.installed"; then
 fi
 
 echo "quire: testing the GPU kernels without a GPU"
-PYTHONPATH=src CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 exec "$env/bin/python" -m pytest tests/kernels/triton tests/gpu "$@"
+PYTHONPATH=src CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 exec "$env/bin/python" -m pytest --numprocesses auto \
+    --dist worksteal tests/kernels/triton tests/gpu "$@"

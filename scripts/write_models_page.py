@@ -24,9 +24,9 @@ HEADING = """# Models
 Written by `python scripts/write_models_page.py`; do not edit.
 
 Quire opens Hugging Face folders whose config.json names one of these architectures. Greedy tokens equal transformers',
-for small random checkpoints of every family (`tests/engine/test_parity.py`). "Parity" is the largest difference of a
-logit from transformers' in float32, of a prompt in pieces, measured for these checkpoints; a test measures it again
-(`tests/models/test_parity_errors.py`). Weights are safetensors of 16 or 32 bits, and MXFP4 where it is said;
+for small random checkpoints of every family (`tests/engine/test_parity_table.py`). "Parity" is the largest difference
+of a logit from transformers' in float32, of a prompt in pieces, measured for these checkpoints; a test measures it
+again (`tests/models/test_parity_errors.py`). Weights are safetensors of 16 or 32 bits, and MXFP4 where it is said;
 `--quantization int8|int4` packs any of them. "Published" gives examples with their parameters, as `quire plan` counts
 them.
 

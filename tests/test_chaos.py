@@ -23,5 +23,6 @@ def test_streams_of_every_kind_survive_faults(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(sys.platform != "linux", reason="reads processes in /proc")
 def test_a_server_ends_a_short_soak_as_it_began() -> None:
     flags = ("--num-blocks", "400")
-    wrong = asyncio.run(soak.soak(requests=60, disconnects=30, num_silent=8, warm=60, silent_seconds=0.5, flags=flags))
+    sizes = {"requests": 60, "disconnects": 30, "num_silent": 8, "num_large": 2, "last_streams": 10, "warm": 60}
+    wrong = asyncio.run(soak.soak(**sizes, silent_seconds=0.5, flags=flags))
     assert [line for line in wrong if "MiB" not in line] == [], "memory settles only after some hundred requests"

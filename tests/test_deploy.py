@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,9 @@ CHART = DEPLOY / "helm/quire"
 MANIFESTS = DEPLOY / "kubernetes/quire.yaml"
 RELEASE = "quire"
 PUBLIC = {endpoint.path for endpoint in ENDPOINTS if endpoint.public}
+
+
+HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
 
 
 def load(file: str) -> Any:
@@ -175,6 +179,56 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit.write_text((DEPLOY / "quire.service").read_text().replace("/opt/quire/bin/quire", "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_accepts_the_socket(tmp_path: Path) -> None:
+    for name in ("quire.service", "quire.socket"):
+        (tmp_path / name).write_text((DEPLOY / name).read_text().replace("/opt/quire/bin/quire", "/bin/true"))
+    command = ["systemd-analyze", "verify", str(tmp_path / "quire.socket")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_socket_is_the_port_that_others_use() -> None:
+    """One stream socket, which the service takes; and the same port as the image's."""
+    lines = (DEPLOY / "quire.socket").read_text().splitlines()
+    (port,) = [line.partition("=")[2] for line in lines if line.startswith("Listen")]
+    assert ("EXPOSE", port) in instructions()
+    assert "Accept=yes" not in lines
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian package prometheus)")
+def test_promtool_accepts_rules_and_scrapes() -> None:
+    rules = ["promtool", "check", "rules", str(DEPLOY / "prometheus/alerts.yml")]
+    done = subprocess.run(rules, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name in ("prometheus.yml", "kubernetes.yml"):
+        command = ["promtool", "check", "config", "--syntax-only", str(DEPLOY / "prometheus" / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        # Debian's promtool knows no Kubernetes.
+        assert done.returncode == 0 or "field kubernetes_sd_configs not found" in done.stderr, (name, done.stderr)
+
+
+@pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
+def test_helm_accepts_the_chart() -> None:
+    done = subprocess.run(["helm", "lint", "--strict", str(CHART)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (make test-deploy)")
+def test_hadolint_accepts_the_image() -> None:
+    # DL3008 wants versions of Debian's packages; the image's release decides them.
+    assert HADOLINT is not None
+    command = [HADOLINT, "--ignore", "DL3008", str(DEPLOY / "Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_kubernetes_knows_every_field_of_the_manifests() -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    for made in yaml.safe_load_all(MANIFESTS.read_text()):
+        validate.validate(made, validate.latest_version(), strict=True)
 
 
 def instructions() -> list[tuple[str, str]]:

@@ -8,13 +8,14 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.step import StepPlan, StepResult
+from scripts.write_clients_page import clients_page
 from scripts.write_models_page import models_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")]
 )
-GENERATED = {ROOT / "docs/paper.md", ROOT / "docs/models.md", ROOT / "docs/published-flaws.md"}
+GENERATED = {ROOT / f"docs/{name}.md" for name in ("clients", "models", "paper", "published-flaws")}
 MAX_WORDS = 26_000
 MAX_DECISION_LINES = 15
 
@@ -24,7 +25,7 @@ _SOURCE = re.compile(r"`((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|h|cpp))`")
 FOREIGN_FLAGS = {
     *("cpus", "cpunodebind", "membind", "interleave"),  # docker, numactl
     *("hypothesis-seed",),  # pytest
-    *("option", "repeats", "servers", "num-prompts", "output", "strict"),  # of benchmarks, mypy
+    *("option", "repeats", "servers", "num-prompts", "output", "strict", "measure"),  # of scripts, mypy
 }
 
 
@@ -75,6 +76,10 @@ def test_every_decision_is_listed() -> None:
 
 def test_the_page_of_models_is_that_of_the_table() -> None:
     assert (ROOT / "docs/models.md").read_text() == models_page()
+
+
+def test_the_page_of_clients_is_that_of_the_results() -> None:
+    assert (ROOT / "docs/clients.md").read_text() == clients_page()
 
 
 def python_blocks(page: Path) -> list[str]:

@@ -57,7 +57,14 @@ _QWEN: dict[str, Any] = {
     "window_size": 16,
     "fullatt_block_indexes": [1],
 }
-_QWEN2: dict[str, Any] = {"depth": 3, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
+_QWEN2: dict[str, Any] = {
+    "depth": 3,
+    "embed_dim": 32,
+    "hidden_size": 48,
+    "num_heads": 4,
+    "patch_size": 4,
+    "mlp_ratio": 2,
+}
 _MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}
 _MEANS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _PROCESSORS: dict[str, dict[str, Any]] = {

@@ -10,9 +10,8 @@ test the simulation; everything else does.
 import math
 import random
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from quire.simulation.devices import DEVICES
@@ -20,9 +19,8 @@ from quire.simulation.model_shapes import MODEL_SHAPES
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.step_time import StepTime
-from quire.simulation.trace import Trace, TraceRow, find_trace, read_trace
+from quire.simulation.trace import TRACES, Trace, TraceRow, find_trace, read_trace
 
-TRACES = Path(__file__).parent / "traces"
 THRESHOLD = 0.5
 """Largest mean normalised latency, in seconds per token, at which a rate counts as sustained."""
 SECONDS = 600.0
@@ -246,42 +244,81 @@ def preempted(job: tuple[int, bool]) -> dict[str, Any]:
     return {**figures, "swaps": swaps}
 
 
-def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """Run every experiment on `num_workers` processes. The result does not depend on their number."""
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function of this module and its arguments."""
+
+
+def jobs_of() -> dict[str, list[Job]]:
+    """Every simulation by the name of its results, the longest first among the sustained rates."""
     sharegpt, alpaca = PANELS[0], PANELS[3]
     orcas = ("orca-max", "orca-pow2", "orca-oracle", "paged")
+    knees = [(panel, policy) for panel in PANELS for policy in POLICIES]
+    knees += [(panel, policy) for panel in (CHAT, *SHARING, *PREFIXES) for policy in orcas]
+    sizes = [(p, size, r) for p, r in ((sharegpt, 2.2), (alpaca, 29.0)) for size in BLOCK_SIZES]
+    return {
+        "knees": [(find_knee, job) for job in sorted(knees, key=lambda job: -job[0].highest_rate)],
+        "fig_2": [(waste, (policy,)) for policy in orcas],
+        "fig_13": [
+            (batch_sizes, ((p, policy, rate),)) for p, rate in ((sharegpt, 2.0), (alpaca, 30.0)) for policy in orcas
+        ],
+        "fig_15": [(sharing, (job,)) for job in SAVINGS],
+        "fig_17": [(crowd, ((CHAT, policy, {}),)) for policy in orcas],
+        "beams": [(crowd, ((SHARING[-1], policy, FREED),)) for policy in ("orca-oracle", "paged")],
+        "fig_18": [(block_sizes, (job,)) for job in sizes],
+        "preempted": [(preempted, ((size, swaps),)) for size in (16, 32, 64) for swaps in (True, False)],
+        "bounds": [(freed, (panel,)) for panel in BOUND],
+        "hits": [(prefix_hits, ((slots, name),)) for name, _ in TIERS for slots in POOLS],
+    }
+
+
+SECTIONS = {
+    "fig2": ("fig_2",),
+    "fig12": ("knees", "bounds"),
+    "fig13": ("fig_13",),
+    "fig14": ("knees", "bounds", "beams"),
+    "fig15": ("fig_15",),
+    "fig16": ("knees", "bounds"),
+    "fig17": ("knees", "fig_17"),
+    "fig18": ("fig_18",),
+    "fig19": ("preempted",),
+    "mooncake": ("hits",),
+}
+"""A section of the page → the results that it needs."""
+
+
+def jobs_for(section: str) -> dict[str, list[Job]]:
+    """The simulations of one section. Of the sustained rates only its own panels are looked for."""
+    panels = {"fig12": PANELS, "fig14": SHARING, "fig16": PREFIXES, "fig17": (CHAT,)}.get(section, ())
+    labels = {"fig12": "c", "fig14": "beam 6", "fig16": "prefix 341"}
+    every = jobs_of()
+    chosen = {name: every[name] for name in SECTIONS[section]}
+    # Figure 14 is compared with basic sampling, panel (d).
+    more = (PANELS[3],) if section == "fig14" else ()
+    if "knees" in chosen:
+        chosen["knees"] = [job for job in every["knees"] if job[1][0] in (*panels, *more)]
+    if "bounds" in chosen:
+        chosen["bounds"] = [job for job in every["bounds"] if job[1][0].label == labels[section]]
+    return chosen
+
+
+def run_jobs(jobs: dict[str, list[Job]], num_workers: int, report: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """Run simulations on `num_workers` processes. The result does not depend on their number.
+
+    `report` is called for every one that has ended, with how many have, how many there are, and what it was.
+    """
+    total = sum(map(len, jobs.values()))
     with ProcessPoolExecutor(num_workers) as pool:
-        jobs = [(panel, policy) for panel in PANELS for policy in POLICIES]
-        jobs += [(CHAT, policy) for policy in orcas]
-        jobs += [(panel, policy) for panel in (*SHARING, *PREFIXES) for policy in orcas]
-        # Longest first, so that no long run is left for the end.
-        knees = pool.map(find_knee, *zip(*sorted(jobs, key=lambda job: -job[0].highest_rate), strict=True))
-        fig_2 = pool.map(waste, orcas)
-        fig_13 = pool.map(
-            batch_sizes, [(p, policy, r) for p, r in ((sharegpt, 2.0), (alpaca, 30.0)) for policy in orcas]
-        )
-        fig_15 = pool.map(sharing, SAVINGS)
-        sizes = [(p, size, r) for p, r in ((sharegpt, 2.2), (alpaca, 29.0)) for size in BLOCK_SIZES]
-        fig_18 = pool.map(block_sizes, sizes)
-        ends = pool.map(preempted, [(size, swaps) for size in (16, 32, 64) for swaps in (True, False)])
-        fig_17 = pool.map(crowd, [(CHAT, policy, {}) for policy in orcas])
-        beams = pool.map(crowd, [(SHARING[-1], policy, FREED) for policy in ("orca-oracle", "paged")])
-        bounds = pool.map(freed, BOUND)
-        hits = pool.map(prefix_hits, [(slots, name) for name, _ in TIERS for slots in POOLS])
-        results: dict[str, Any] = {}
-        for name, what in (
-            ("knees", knees),
-            ("fig_2", fig_2),
-            ("fig_13", fig_13),
-            ("fig_15", fig_15),
-            ("fig_17", fig_17),
-            ("beams", beams),
-            ("fig_18", fig_18),
-            ("preempted", ends),
-            ("bounds", bounds),
-            ("hits", hits),
-        ):
-            results[name] = list(what)
-            report(f"{name} done")
+        futures = {
+            pool.submit(function, *arguments): (name, place)
+            for name, each in jobs.items()
+            for place, (function, arguments) in enumerate(each)
+        }
+        for count, future in enumerate(as_completed(futures), start=1):
+            name, place = futures[future]
+            future.result()
+            report(count, total, f"{name} {place + 1} of {len(jobs[name])}")
+    results: dict[str, Any] = {name: [None] * len(each) for name, each in jobs.items()}
+    for future, (name, place) in futures.items():
+        results[name][place] = future.result()
     results["fig_19"] = [(size, *swap_and_recompute(256, size)) for size in BLOCK_SIZES]
     return results

@@ -110,16 +110,19 @@ def make_embedding(output: RequestOutput, *, normalize: bool) -> EmbeddingReques
 
 
 def shortened(vector: list[float], dimensions: int, allowed: Sequence[int] = ()) -> list[float]:
-    """The first numbers of a vector, scaled to length 1. Raises `RequestError` for more than it has, and for a number
-    that is not among those `allowed`, if there are any."""
-    if not 1 <= dimensions <= len(vector):
-        raise RequestError(
-            f"dimensions is {dimensions}; the model's vectors have {len(vector)} numbers", param="dimensions"
-        )
-    if allowed and dimensions not in (*allowed, len(vector)):
-        raise RequestError(
-            f"dimensions is {dimensions}; the model was trained for {', '.join(map(str, allowed))}", param="dimensions"
-        )
+    """The first numbers of a vector, scaled to length 1. Raises the errors of `check_dimensions`."""
+    check_dimensions(dimensions, len(vector), allowed)
     kept = vector[:dimensions]
     length = math.hypot(*kept)
     return [value / length for value in kept] if length else kept
+
+
+def check_dimensions(dimensions: int, size: int, allowed: Sequence[int] = ()) -> None:
+    """Raise `RequestError` for more numbers than the `size` of the vectors, and for a number that is not among those
+    `allowed`, if there are any."""
+    if not 1 <= dimensions <= size:
+        raise RequestError(f"dimensions is {dimensions}; the model's vectors have {size} numbers", param="dimensions")
+    if allowed and dimensions not in (*allowed, size):
+        raise RequestError(
+            f"dimensions is {dimensions}; the model was trained for {', '.join(map(str, allowed))}", param="dimensions"
+        )

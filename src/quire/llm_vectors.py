@@ -15,7 +15,7 @@ from quire.embeddings import (
 )
 from quire.engine.engine import Engine
 from quire.engine.input_processor import Prompt, as_batch
-from quire.engine.model_task import check_classifies, check_embeds
+from quire.engine.model_task import check_classifies, check_dimensions_of, check_embeds
 from quire.engine.scoring import Scorer, make_pairs, ranked
 from quire.errors import RequestError
 from quire.lora.request import LoRARequest, one_for_each
@@ -66,6 +66,7 @@ class VectorMethods:
         """
         model = self._engine.model_config
         check_embeds(model)
+        check_dimensions_of(model, dimensions)
         batch = self._with_prompt(as_batch(prompts), prompt_name)
         vectors = self._vectors(batch, truncate_prompt_tokens, normalize, use_tqdm, cache_salt, lora_request)
         if dimensions is not None:

@@ -5,7 +5,7 @@ engine (vocabulary, context, `max_logprobs`) are checked in `quire.engine.limits
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
 from reprlib import repr as brief
 from typing import Any, Literal, NamedTuple
@@ -186,6 +186,7 @@ class SamplingParams:
                 raise RequestError(
                     f"logit_bias is {brief(self.logit_bias)}; it must map token ids to numbers", param="logit_bias"
                 )
+            _check_count("logit_bias", self.logit_bias)
             bias = {_as_token_id("logit_bias", key): value for key, value in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", bias)
 
@@ -354,9 +355,13 @@ def _check_strings(name: str, values: Sequence[object], limit: int) -> None:
             )
 
 
-def _check_token_list(name: str, values: Sequence[object]) -> None:
+def _check_count(name: str, values: Sized) -> None:
     if len(values) > MAX_TOKEN_LIST:
         raise RequestError(f"{name} holds {len(values)} tokens; at most {MAX_TOKEN_LIST} are allowed", param=name)
+
+
+def _check_token_list(name: str, values: Sequence[object]) -> None:
+    _check_count(name, values)
     for value in values:
         _check_integer(name, value, _TOKEN_ID)
 

@@ -61,7 +61,7 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
             "Quire never runs code from a checkpoint; a model needs a supported architecture (docs/models.md)"
         ),
         "model_impl": ForeignOption(
-            ("auto",), "Quire takes its own class of a model, else transformers' with quire[transformers]"
+            ("auto",), "Quire takes its own class of a model, else transformers' with quire-llm[transformers]"
         ),
         "enable_chunked_prefill": _switch(
             "Quire always computes long prompts in chunks; see max_num_batched_tokens", on=True

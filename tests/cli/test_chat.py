@@ -18,7 +18,7 @@ from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokeniz
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
     """Sets the lines that a person types; an exception among them is raised in their place."""
-    monkeypatch.setattr("quire.cli.chat.HISTORY", tmp_path / "history")
+    monkeypatch.setattr("quire.cli.conversation.HISTORY", tmp_path / "history")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
 
     def with_lines(*lines: str | BaseException) -> None:
@@ -108,6 +108,18 @@ def test_a_script_gets_a_status(say: Any, capsys: pytest.CaptureFixture[str], mo
     with RunningServer(ScriptedEngine(full=True)) as server:
         assert run(["chat", "--url", f"{server.url}/v1"]) == 1
     assert "9 requests are waiting" in capsys.readouterr().err
+
+
+def test_a_script_s_output_holds_answers_alone(
+    say: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine(max_model_len=4096)
+    say("Hello", '"""Not closed', "by the end")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with RunningServer(engine) as server:
+        assert run(["chat", "--url", f"{server.url}/v1"]) == 0
+    assert capsys.readouterr().out == f"{ANSWER}\n{ANSWER}\n"
+    assert "<|user|>Not closed\nby the end<|end|>" in prompts(engine)[1]
 
 
 def test_a_pasted_paragraph_is_one_message(tmp_path: Any) -> None:

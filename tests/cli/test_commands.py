@@ -1,13 +1,15 @@
 """The command line from outside: speed of --help and --version, errors in one line, statuses, closed pipes."""
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from quire import __version__
-from quire.cli.commands import BATCHES, BENCHMARKS, COMMANDS, run
+from quire.cli import commands
+from quire.cli.commands import BATCHES, BENCHMARKS, COMMANDS, EXAMPLES, GROUPS, make_app, run
 
 
 def quire(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -131,6 +133,38 @@ def test_wrong_options_are_one_line(arguments: list[str], said: str, capsys: pyt
     assert shown.err.startswith("quire: ")
     assert shown.err.count("\n") == 1
     assert said in shown.err
+
+
+def test_help_is_grouped_and_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["--help"])
+    shown = capsys.readouterr().out
+    assert all(str(group.name) in shown for group in GROUPS)
+    assert "Examples:\n  quire run smollm2\n" in shown
+
+
+@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+def test_examples_are_commands(line: str) -> None:
+    """Each is read to its end: no command, flag or value in it is unknown."""
+    words = shlex.split(line.partition(" | ")[0].partition(" > ")[0].partition(" < ")[0])
+    if words[0] != "echo":
+        make_app().parse_args(words, print_error=False, exit_on_error=False)
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three commands, because all of them take their time."""
+    kept = {
+        group: {name: about for name, about in some.items() if name in ("ps", "rm", "completion")}
+        for group, some in GROUPS.items()
+    }
+    monkeypatch.setattr(commands, "GROUPS", kept)
+    for table in ("BENCHMARKS", "BATCHES", "CLUSTERS"):
+        monkeypatch.setattr(commands, table, {})
+    for shell in ("bash", "zsh", "fish"):
+        assert run(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert "--url" in script.replace("-l 'url'", "--url").replace("-l url", "--url"), shell
+        assert "List the requests" in script or shell == "bash"
+    assert run(["completion", "tcsh"]) == 2
 
 
 def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,10 @@ def test_the_plan_counts_images(family: str, tmp_path: Path) -> None:
     images = plan.images
     assert plan.total - without.total == images.num_bytes > images.kept_tokens * model.hidden_size * 4
     assert images.kept_tokens == 8 * images.tokens_per_image
+    stored = sum(linear.num_parameters for linear in model.vision.linears) if model.vision else 0
+    assert stored * 4 <= images.weights <= 1.5 * stored * 4
+    tokens = images.tokens_per_image + 512
+    assert plan.num_image_users == (min(4, 64 // -(-tokens // 16)) if tokens <= plan.max_model_len else 0)
     assert any(line.startswith(f"images: up to {images.tokens_per_image} tokens each") for line in plan.describe())
     assert not any("images" in line for line in without.describe())
     assert step_allowance(plan) > step_allowance(without)

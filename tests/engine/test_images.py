@@ -174,3 +174,10 @@ def test_other_storage(options: dict[str, Any], tmp_path: Path) -> None:
     assert output.outputs[0].logprobs is not None
     for token, found in output.outputs[0].logprobs[0].items():
         assert found.logprob == pytest.approx(expected[token].item(), abs=0.3)
+
+
+def test_the_older_qwen_in_chunks(tmp_path: Path) -> None:
+    folder = make_vision_checkpoint(tmp_path, "qwen2_vl")
+    with LLM(str(folder), max_num_batched_tokens=24, max_num_seqs=8, num_blocks=200, block_size=8) as llm:
+        (output,) = llm.chat(chat(WIDE, "What is this, and ", TALL, "?"), GREEDY)
+    assert_greedy(folder, output.prompt_token_ids, tokens(output), [WIDE, TALL])

@@ -161,6 +161,7 @@ def test_calls_count_against_the_budget() -> None:
         ({"role": "user"}, r"messages\[0\] has no content"),
         ({"role": "user", "content": 5}, r"messages\[0\].content is a int"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "only text parts are supported"),
+        ({"role": "user", "content": [{"type": "text"}]}, "without a text"),
         ({"role": "user", "content": ["a"]}, "a part without a type"),
         ("hello", r"messages\[0\] is no object with a role"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from quire.errors import CheckpointError
 from quire.model_config import ARCHITECTURES, ModelConfig, RopeConfig
+from quire.model_config.activation import ACTIVATIONS
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -171,6 +172,18 @@ class TestWindows:
         assert read(tmp_path, QWEN2 | windows).layer_windows == (0,) * 4
         assert read(tmp_path, QWEN2 | windows | {"use_sliding_window": True}).layer_windows == (0, 0, 0, 100)
 
+    @pytest.mark.parametrize(
+        "layer_types",
+        [["sliding_attention"] * 2, ["chunked_attention"] * 2, ["full_attention"], "full_attention"],
+        ids=str,
+    )
+    def test_without_a_window_no_layer_has_one(self, layer_types: object, tmp_path: Path) -> None:
+        values = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 2, "use_sliding_window": False}
+        assert "supported: 2 times full_attention where use_sliding_window" in refusal(
+            tmp_path, LLAMA | values | {"layer_types": layer_types}
+        )
+        assert read(tmp_path, LLAMA | values | {"layer_types": ["full_attention"] * 2}).layer_windows in ((), (0, 0))
+
     def test_layer_types_decide(self, tmp_path: Path) -> None:
         types = ["sliding_attention", "full_attention"] * 2
         options = QWEN2 | {"use_sliding_window": True, "sliding_window": 9, "layer_types": types}
@@ -198,7 +211,13 @@ class TestTokensAndDtype:
 
     @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
     def test_dtype(self, key: str, tmp_path: Path) -> None:
-        assert read(tmp_path, LLAMA | {key: "bfloat16"}).checkpoint_dtype == "bfloat16"
+        for value, expected in {
+            "bfloat16": "bfloat16",
+            "torch.bfloat16": "bfloat16",
+            "auto": "float32",
+            None: "float32",
+        }.items():
+            assert read(tmp_path, LLAMA | {key: value}).checkpoint_dtype == expected
         assert refusal(tmp_path, LLAMA | {key: "float8_e4m3fn"}) == (
             f'FOLDER/config.json: {key} is "float8_e4m3fn"; supported: float32, float16, bfloat16'
         )
@@ -209,6 +228,21 @@ class TestRefusals:
         assert refusal(tmp_path, LLAMA | {"architectures": ["T5Model"]}) == (
             f"FOLDER/config.json: architectures is T5Model; supported are {', '.join(ARCHITECTURES)}"
         )
+
+    def test_one_architecture_need_not_be_a_list(self, tmp_path: Path) -> None:
+        assert read(tmp_path, LLAMA | {"architectures": LLAMA["architectures"][0]}) == read(tmp_path, LLAMA)
+
+    @pytest.mark.parametrize(("model_type", "warns"), [("mistral", True), ("llama", False), ("kimi_k2", False)])
+    def test_a_type_of_another_family_is_told(
+        self, model_type: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert read(tmp_path, LLAMA | {"model_type": model_type}).architecture == "LlamaForCausalLM"
+        told = "model_type 'mistral' means MistralForCausalLM; Quire goes by architectures"
+        assert (told in caplog.text) == warns == bool(caplog.text)
+
+    def test_a_byte_order_mark_is_skipped(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8-sig")
+        assert ModelConfig.from_folder(tmp_path) == read(tmp_path, LLAMA)
 
     def test_no_architecture(self, tmp_path: Path) -> None:
         assert refusal(tmp_path, {"model_type": "t5"}).startswith(
@@ -229,7 +263,7 @@ class TestRefusals:
             ),
             (
                 {"hidden_act": "relu6"},
-                'hidden_act is "relu6"; supported: silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu, relu2',
+                f'hidden_act is "relu6"; supported: {", ".join(ACTIVATIONS)}',
             ),
             ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; supported: a token id or a list of them'),
             (

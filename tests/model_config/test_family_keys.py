@@ -59,6 +59,14 @@ def test_a_row_reads_what_the_class_declares(architecture: str) -> None:
     assert found == (OPTIONAL_KEYS & declared(CLASSES[architecture])) - unused | extra
 
 
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_a_row_reads_the_second_spellings_of_the_class(architecture: str) -> None:
+    row = ARCHITECTURES[architecture]
+    ours = {*row.names.values(), *row.names}
+    wanted = {alias: name for alias, name in CLASSES[architecture].attribute_map.items() if name in ours}
+    assert wanted.items() <= row.aliases.items()
+
+
 def folder_of(tmp_path: Path, family: str, **changes: Any) -> tuple[Path, dict[str, Any]]:
     config_class, model_class, options = FAMILIES[family]
     config = config_class(**{"initializer_range": 0.12, **options})

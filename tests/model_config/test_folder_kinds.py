@@ -52,6 +52,12 @@ def test_folders_without_config(kind: str, tmp_path: Path) -> None:
         (["tf_model.h5"], "has neither model.safetensors .*a model for TensorFlow, Flax"),
         (["model.gguf"], "has neither model.safetensors .*a GGUF model"),
         ([], "has neither model.safetensors"),
+        (["weights.safetensors"], "If weights.safetensors holds all of the model's weights, rename it"),
+        (
+            ["a-1-of-2.safetensors", "a-2-of-2.safetensors"],
+            "look like shards; download model.safetensors.index",
+        ),
+        (["consolidated.safetensors"], "consolidated.safetensors holds the weights under their maker's own names"),
     ],
 )
 def test_weights_of_other_formats(files: list[str], message: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
+from quire.models.safetensors_weights import SafetensorsWeights
 from quire.models.weights import WeightScope
 from tests.checkpoints import LAYER_KINDS, make_checkpoint
 
@@ -88,12 +89,27 @@ def test_misshapen_tensor(folder: Path, file: Path) -> None:
     )
 
 
+def test_doubles_are_read_as_float32(folder: Path, file: Path) -> None:
+    tensors = load_file(file)
+    expected = SafetensorsWeights.open(folder).take("model.norm.weight", (64,)).clone()
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, file)
+    found = SafetensorsWeights.open(folder).take("model.norm.weight", (64,))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected.float())
+
+
+def test_an_adapter_beside_a_model_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    open_checkpoint(folder)
+    assert "the adapter is not applied, though transformers would" in caplog.text
+
+
 def test_unsupported_dtype_of_a_tensor(folder: Path, file: Path) -> None:
     tensors = load_file(file)
     tensors["model.norm.weight"] = torch.zeros(64, dtype=torch.int8)
     save_file(tensors, file)
     assert refusal(folder) == (
-        "FOLDER/model.safetensors: tensor model.norm.weight is of dtype I8; supported: F32, F16, BF16"
+        "FOLDER/model.safetensors: tensor model.norm.weight is of dtype I8; supported: F32, F16, BF16, F64"
     )
 
 

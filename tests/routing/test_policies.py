@@ -174,7 +174,7 @@ def plain_choice(policy: LeastWork, asked: Prompt, replicas: list[Replica], inde
     for replica in replicas:
         load, on_device = replica.load, fast.get(replica.number, 0)
         saved = on_device + (1 - policy.lower_tier_cost) * (held.get(replica.number, 0) - on_device)
-        ahead = max(0.0, load.total_tokens - policy.most_ahead * mean)
+        ahead = max(0.0, load.total_tokens - policy.most_ahead * mean - policy.free_share * asked.num_tokens)
         costs.append(load.queued_tokens + policy.context_cost * load.context_tokens + ahead - saved * asked.block_size)
     limit = min(costs) + policy.slack * asked.num_tokens
     near = [replica for replica, cost in zip(replicas, costs, strict=True) if cost <= limit]
@@ -195,3 +195,17 @@ def test_least_work_chooses_as_its_definition_does(most_queued: int, tiers: int)
         for each in (asked, Prompt((), 500, SIZE)):
             chosen = LeastWork().choose(each, replicas, index)
             assert chosen is plain_choice(LeastWork(), each, replicas, index)
+
+
+def test_few_conversations_stay_where_they_are_among_many_replicas() -> None:
+    routed = fleet(num_replicas=200)
+    homes: dict[int, str] = {}
+    for turn in range(1, 20):
+        for session in range(5):
+            grown = [block for part in range(turn) for block in prompt(100 * session + part, 16).blocks]
+            work = routed.choose(Prompt(grown, len(grown) * SIZE + 3, SIZE))
+            assert work is not None
+            routed.add_tokens(work, 40)
+            routed.end(work)
+            assert homes.setdefault(session, work.replica.name) == work.replica.name
+    assert len(set(homes.values())) == 5

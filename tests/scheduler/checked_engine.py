@@ -107,6 +107,9 @@ class Engine:
         """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
         has `num_failures` times no memory for a step of more than one token. With `num_snapshots` the model is
         recurrent, and has so many slots for states besides those of running sequences."""
+        self.now = 1.0
+        self.seconds_per_token = 0.0
+        """What a step takes on the scheduler's clock."""
         self.overlaps = overlaps
         self.num_failures = num_failures
         self.random = random.Random(num_failures)
@@ -130,7 +133,7 @@ class Engine:
             states=self.states,
             make_queue=SCHEDULING_POLICIES[policy],
             make_rule=ADMISSIONS[admission],
-            clock=lambda: 1.0,
+            clock=lambda: self.now,
         )
         if isinstance(guesses, Guesses):
             guesses.groups = self.scheduler._queues.by_id
@@ -181,6 +184,7 @@ class Engine:
         return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> None:
+        self.now += self.seconds_per_token * plan.num_tokens
         deltas = self.scheduler.update(plan, result)
         if deltas.batch_id:
             assert deltas.batch_id == plan.batch_id

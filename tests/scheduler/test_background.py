@@ -1,6 +1,7 @@
 """Requests of the background: they run while no client waits for a first token."""
 
 from quire.request import BACKGROUND
+from quire.scheduler.background_pace import MIN_TOKENS, BackgroundPace
 from tests.scheduler.checked_engine import Engine, new_request
 
 
@@ -56,3 +57,36 @@ def test_it_ends_under_steady_traffic() -> None:
             engine.add(new_request(f"client {index}", 8, max_tokens=2))
         engine.step()
     assert client.finish_reasons == {0: "length"}
+
+
+def test_prompts_of_the_background_come_in_short_steps() -> None:
+    """A step takes a millisecond for each token here, and should take 50 ms for the background."""
+    engine = Engine(num_blocks=512, max_num_batched_tokens=256)
+    engine.seconds_per_token = 0.001
+    engine.add(new_request("client", 8, max_tokens=60))
+    engine.step()
+    lines = [engine.add(new_request(f"b{index}", 200, max_tokens=2, priority=BACKGROUND)) for index in range(3)]
+    sizes = [engine.step().num_tokens for _ in range(8)]
+    assert max(sizes) <= 65
+    assert all(40 <= size <= 65 for size in sizes[1:])
+    engine.add(new_request("another client", 200, max_tokens=1))
+    assert 200 in engine.step().num_scheduled_tokens  # clients take whole steps
+    engine.run()
+    assert [line.finish_reasons for line in lines] == [{0: "length"}] * 3
+
+
+def test_the_pace_grows_on_a_fast_machine_and_never_ends() -> None:
+    now = 0.0
+    pace = BackgroundPace(lambda: now)
+
+    def step(seconds: float) -> int:
+        nonlocal now
+        num_tokens = pace.bound(2048)
+        pace.begin(num_tokens)
+        now += seconds
+        pace.end()
+        return num_tokens
+
+    assert [step(0.01) for _ in range(30)][-1] == 2048
+    step(10.0)
+    assert step(10.0) == MIN_TOKENS

@@ -188,3 +188,14 @@ def test_without_decoding_sequences_the_budget_is_that_of_a_step() -> None:
     plan = beside()
     encoder.reach(plan, request((b"a", 0, 15)), 0, 15)
     assert encoded(plan) == [(b"a", 10)]
+
+
+def test_encoding_goes_on_beside_prompts_that_never_end() -> None:
+    """No step only decodes, so none shows what decoding takes."""
+    encoder, asked, num_encoded = encoding(kept=10**6, step=64), request((b"a", 0, 10**5), num_tokens=10**5), 0.0
+    for _ in range(100):
+        plan = StepPlan(rows=[0, 1], token_ids=[7] * 31, sample_rows=[0])
+        encoder.reach(plan, asked, 0, 50)
+        num_encoded += 0.0 if plan.images is None else plan.images.num_encoded
+        encoder.measure(plan, 0.04)
+    assert num_encoded > 50

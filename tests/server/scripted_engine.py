@@ -35,6 +35,7 @@ from quire.outputs import (
     RequestMetrics,
     RequestOutput,
 )
+from quire.request import BegunPrompt
 from quire.sampling_params import SamplingParams
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
@@ -166,7 +167,7 @@ class ScriptedEngine:
 
     async def generate(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | BegunPrompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,

@@ -20,6 +20,7 @@ def test_models(client: OpenAI) -> None:
     assert card.model_extra is not None
     assert card.model_extra["root"] == "scripted"
     assert card.model_extra["max_model_len"] == 256
+    assert card.model_extra["capabilities"] == ["completion", "embedding", "tools"]
 
 
 def test_version_and_health(server: RunningServer) -> None:

@@ -42,6 +42,9 @@ def test_forms(server: RunningServer, client: OpenAI) -> None:
     [
         ({"input": []}, "input"),
         ({"input": [[]]}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": ["a", ""]}, "input"),
+        ({"dimensions": 2**20}, "dimensions"),
         ({"input": ["a", 1]}, "input"),
         ({"input": "word " * 1000}, "input"),
         ({"input": ["x"] * 3000}, "input"),

@@ -138,6 +138,28 @@ def test_echo_scores_are_the_logprobs_of_generating(client: OpenAI) -> None:
     assert found == pytest.approx(first.choices[0].logprobs.token_logprobs, abs=1e-3)
 
 
+def test_echo_of_a_prompt_that_ends_within_a_character(server: RunningServer) -> None:
+    """The whole text is what decoding all tokens gives, whole or streamed, and offsets point into it."""
+    client = server.client()
+    _, reply = server.send("POST", "/tokenize", {"prompt": "é😀"})
+    for length in range(1, len(reply["tokens"]) + 1):
+        asked: dict[str, Any] = {"prompt": reply["tokens"][:length], "temperature": 0, "max_tokens": 2, "echo": True}
+        spelled = {"skip_special_tokens": False}
+        wanted = {**asked, **spelled, "return_token_ids": True, "logprobs": 0}
+        _, answer = server.send("POST", "/v1/completions", wanted)
+        (choice,) = answer["choices"]
+        _, decoded = server.send("POST", "/detokenize", {"tokens": asked["prompt"] + choice["token_ids"]})
+        assert choice["text"] == decoded["prompt"]
+        assert len(choice["logprobs"]["text_offset"]) == length + 2
+        assert choice["logprobs"]["text_offset"] == sorted(choice["logprobs"]["text_offset"])
+        assert choice["logprobs"]["text_offset"][-1] < len(choice["text"])
+        chunks = client.completions.create(model="quire-bundled", stream=True, extra_body=spelled, **asked)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == choice["text"]
+        _, prompt = server.send("POST", "/v1/completions", {**asked, "max_tokens": 0})
+        _, decoded = server.send("POST", "/detokenize", {"tokens": asked["prompt"]})
+        assert prompt["choices"][0]["text"] == decoded["prompt"]
+
+
 def test_a_client_that_leaves_frees_its_blocks(server: RunningServer) -> None:
     body = json.dumps({"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost:\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
@@ -160,6 +182,28 @@ def test_refusals_of_the_engine_reach_the_client(client: OpenAI) -> None:
     ):
         with pytest.raises(BadRequestError, match=said):
             greedy(client, **options)
+    with pytest.raises(BadRequestError, match="top_logprobs is 200") as refused:
+        client.chat.completions.create(model="quire-bundled", messages=CHAT, logprobs=True, top_logprobs=200)
+    assert refused.value.param == "top_logprobs"
+
+
+def test_errors_that_the_engine_finds_name_the_field_that_the_client_sent(server: RunningServer) -> None:
+    wrong: dict[str, Any] = {"type": "strin"}
+    hello = [{"role": "user", "content": "Hi"}]
+    named = {"type": "json_schema", "name": "a", "schema": wrong}
+    for path, body, field in (
+        ("/v1/responses", {"input": "Hi", "text": {"format": named}}, "text.format"),
+        ("/v1/responses", {"input": "Hi", "top_logprobs": 99, "include": []}, "top_logprobs"),
+        ("/api/chat", {"model": "quire-bundled", "messages": hello, "format": wrong}, "format"),
+        (
+            "/v1/messages",
+            {"messages": hello, "max_tokens": 5, "output_config": {"format": {"type": "json_schema", "schema": wrong}}},
+            "output_config.format",
+        ),
+    ):
+        response, reply = server.send("POST", path, body)
+        error = reply["error"] if path == "/api/chat" else reply["error"]["message"]
+        assert (response.status, error.partition(":")[0].partition(" ")[0]) == (400, field)
 
 
 def test_every_protocol_gives_the_same_answer(server: RunningServer, client: OpenAI) -> None:
@@ -191,7 +235,11 @@ def test_contradictions_are_found_at_the_door_or_end_the_sample(client: OpenAI) 
         ({"allowed_token_ids": [45], "bad_words": ["I"]}, "bad_words"),
         ({"allowed_token_ids": [1], "min_tokens": 3}, "min_tokens"),
         ({"allowed_token_ids": [45], "structured_outputs": {"choice": ["hello"]}}, "structured_outputs"),
+        ({"bad_words": ["hello"], "guided_choice": ["hello"], "n": 2}, "guided_choice and bad_words forbid all"),
+        ({"allowed_token_ids": [45], "response_format": {"type": "json_object"}}, "response_format and allowed_token"),
     ):
         with pytest.raises(BadRequestError, match=said) as refused:
             greedy(client, max_tokens=5, extra_body=fields)
         assert refused.value.code == "contradictory_parameters"
+        assert refused.value.param in fields
+        assert "min_tokens" in fields or "min_tokens" not in refused.value.message

@@ -84,6 +84,7 @@ def test_timeouts_that_are_no_time(server: RunningServer, header: str) -> None:
         (b'{"prompt": "x", "priority": 99999999999}', "priority: Expected `int` <= 2147483647"),
         (b'{"prompt": "x", "cache_salt": "' + b"x" * 300 + b'"}', "cache_salt: Expected `str` of length <= 256"),
         (b"[]", "the body: Expected `object`"),
+        (b'{"prompt": "x", "logit_bias": {"5": "x"}}', "logit_bias: Expected `float`"),
         (b'{"prompt": [1, [2, "x"]]}', "prompt[1][1]: Expected `int`"),
     ],
 )
@@ -118,6 +119,7 @@ def test_compressed_bodies(engine: ScriptedEngine) -> None:
             (gzip.compress(plain), "gzip", 200),
             (zlib.compress(plain), "deflate", 200),
             (plain, "identity", 200),
+            (b"\xef\xbb\xbf" + plain, "identity", 200),
             (plain, "br", 415),
             (plain, "gzip", 400),
             (gzip.compress(plain)[:-4], "gzip", 400),
@@ -125,7 +127,7 @@ def test_compressed_bodies(engine: ScriptedEngine) -> None:
         ):
             response, _ = server.send("POST", "/v1/completions", body, {**JSON, "content-encoding": encoding})
             assert response.status == status, encoding
-    assert len(engine.calls) == 3
+    assert len(engine.calls) == 4
 
 
 def test_routes_and_methods(server: RunningServer) -> None:
@@ -137,6 +139,7 @@ def test_routes_and_methods(server: RunningServer) -> None:
         ("/v1/v1/chat/completions", "use /v1/chat/completions"),
         ("/openai/v1/completions", "use /v1/completions"),
         ("/V1/Completions", "use /v1/completions"),
+        ("/v1", "such as /v1/models"),
         ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
         ("/" + "x" * 5000, "/docs lists them"),
     ):

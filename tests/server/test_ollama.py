@@ -189,7 +189,7 @@ def test_errors_have_ollamas_form(server: RunningServer, llama: ollama.Client, e
     assert missing.value.status_code == 404
     with pytest.raises(ollama.ResponseError, match="when the server starts") as refused:
         llama.pull("llama3")
-    assert refused.value.status_code == 501
+    assert refused.value.status_code == 400
     engine.raises, engine.raises_at = EngineUnavailableError("the engine is being restarted"), 3
     with pytest.raises(ollama.ResponseError, match="being restarted"):
         list(llama.chat("scripted", HELLO, stream=True))

@@ -1,5 +1,6 @@
 """fit_device: what a known device would take is fitted back to that device."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -113,3 +114,32 @@ def test_least_squares_are_scipy_s(matrix: Any, target: Any) -> None:
     x = np.array(non_negative_least_squares(matrix, target))
     assert (x >= 0).all()
     assert np.linalg.norm(matrix @ x - target) == pytest.approx(nnls(matrix, target)[1], abs=1e-6)
+
+
+def test_a_busy_machine_is_fitted_too() -> None:
+    """Steps that take as long whatever they read or attend to: the rates of attention are then those of products."""
+    levelled = [
+        replace(step, seconds=max(other.seconds for other in steps() if other.num_tokens == step.num_tokens))
+        for step in steps()
+    ]
+    found = fit_device(levelled, name="busy", memory=1, process_memory=2)
+    assert all(seconds > 0 for curve in found.products.values() for _, seconds in curve)
+    for step in levelled:
+        expected = StepTime(step.model, found).seconds(
+            step.num_sequences, step.num_tokens, step.num_sequences * (step.context + 1), 1.0, step.num_sequences
+        )
+        assert 0 < expected < float("inf")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_disturbed_steps_are_fitted(seed: int) -> None:
+    """Every step takes up to five times as long, at random."""
+    draw = random.Random(seed)
+    found = fit_device(
+        [replace(step, seconds=step.seconds * draw.uniform(1, 5)) for step in steps()],
+        name="disturbed",
+        memory=1,
+        process_memory=2,
+    )
+    assert found.bandwidth > 0
+    assert found.matrix_rate > 0

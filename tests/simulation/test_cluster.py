@@ -6,7 +6,7 @@ import pytest
 
 from quire.errors import ConfigError
 from quire.simulation.cluster_settings import ClusterSettings
-from quire.simulation.cluster_workload import AgentShape, agent_sessions
+from quire.simulation.cluster_workload import AgentShape, GroupShape, agent_sessions, group_sessions
 from quire.simulation.run_cluster import run_cluster
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.trace import HASH_BLOCK_TOKENS, Trace, TraceRow
@@ -113,3 +113,12 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_agents_need_a_rate() -> None:
     with pytest.raises(ConfigError, match="agents need a rate"):
         run(None)
+
+
+def test_groups_of_prompts_share_their_beginning() -> None:
+    shape = GroupShape(num_groups=3, prompts_per_group=2, shared_tokens=600, own_tokens=120, output_tokens=4)
+    turns = [session.turns[0] for session in group_sessions(shape, 12, 5.0, seed=0)]
+    assert {turn.prompt_tokens for turn in turns} == {720}
+    assert len({turn.pieces for turn in turns[:6]}) == 6  # each prompt once, then again
+    assert {turn.pieces for turn in turns[:6]} == {turn.pieces for turn in turns[6:]}
+    assert len({turn.pieces[0] for turn in turns}) == 3

@@ -11,13 +11,17 @@ from benchmarks.paper.experiments import (
     CHAT_LIMIT,
     PANELS,
     PREFIXES,
+    SECTIONS,
     SHARING,
     Knee,
     find_knee,
+    jobs_for,
+    jobs_of,
+    run_jobs,
     simulated,
     trace_of,
 )
-from benchmarks.paper.page import write_page
+from benchmarks.paper.page import write_page, write_section
 from quire.simulation.model_shapes import MODEL_SHAPES
 
 PRINTED_TOKEN_STATES = {"orca-max": 20.4, "orca-pow2": 26.8, "orca-oracle": 38.2}
@@ -89,7 +93,7 @@ def test_the_longer_the_shared_prefix_the_more_is_gained() -> None:
 
 
 def made_up(multiple: float) -> dict[str, Any]:
-    """Results of `run_all` in which Quire sustains `multiple` times the rate of all others."""
+    """Results of `run_jobs` in which Quire sustains `multiple` times the rate of all others."""
     orcas = ("orca-max", "orca-pow2", "orca-oracle", "paged")
     row = dict.fromkeys(("normalized_latency_mean", "prefix_hit_pct", "mean_batch", "rate", "preemptions"), 1.0)
     row |= dict.fromkeys(("token_states_pct", "reservation_pct", "internal_pct", "external_pct"), 5.0)
@@ -127,3 +131,27 @@ def test_the_page_has_every_figure_and_its_verdicts_follow_the_results() -> None
     assert six_beams + "comes out" in pages[2.3].replace("\n", " ")
     assert "of the Orcas, printed 2×: does not" in pages[1.0].replace("\n", " ")
     assert "of the Orcas, printed 2×: comes out" in pages[2.3].replace("\n", " ")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_alone_needs_its_own_simulations_only(section: str) -> None:
+    """What `make paper ARGS='--only fig12'` runs is enough for its section, which is that of the whole page."""
+    jobs, made = jobs_for(section), made_up(2.0)
+    assert sum(map(len, jobs.values())) < sum(map(len, jobs_of().values()))
+    results = {name: made[name] for name in jobs} | {"fig_19": made["fig_19"]}
+    if "knees" in jobs:
+        wanted = [arguments for _, arguments in jobs["knees"]]
+        results["knees"] = [knee for knee in made["knees"] if (knee.panel, knee.policy) in wanted]
+        assert len(results["knees"]) == len(wanted) < len(made["knees"])
+    text = write_section(section, results)
+    assert text.startswith("## ")
+    assert text in write_page(made)
+
+
+def test_progress_is_reported_for_every_simulation() -> None:
+    said: list[tuple[int, int, str]] = []
+    jobs = {"costs": [(experiments.swap_and_recompute, (256, size)) for size in (16, 32)]}
+    results = run_jobs(jobs, 1, lambda *line: said.append(line))
+    assert results["costs"] == [experiments.swap_and_recompute(256, size) for size in (16, 32)]
+    assert [line[:2] for line in said] == [(1, 2), (2, 2)]
+    assert {line[2] for line in said} == {"costs 1 of 2", "costs 2 of 2"}

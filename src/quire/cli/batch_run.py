@@ -10,17 +10,20 @@ import msgspec
 
 from quire.cli.options import ModelArgument, flags
 from quire.config import EngineConfig
-from quire.errors import RequestError
+from quire.errors import QuireError, RequestError
 from quire.server.auth import Client
+from quire.server.batches.line_requests import URLS
 from quire.server.batches.lines import check_lines, parse_line, read_lines
-from quire.server.batches.objects import Batch, CreateBatch, FileObject
+from quire.server.batches.objects import ENDED, Batch, CreateBatch, FileObject
 from quire.server.batches.service import BatchService
 from quire.server.batches.store import BatchStore
 from quire.server.key_use import KeyRing
 from quire.server.settings import ServerSettings
+from quire.server.store_faults import StoreFailedError
 
 _INPUT = "file-input"
 _REPORT_SECONDS = 5.0
+_GOES_ON = "the same command goes on from there"
 
 
 @flags(EngineConfig)
@@ -43,16 +46,44 @@ def run(input_file: Path, output_file: Path, *, model: ModelArgument = "", **opt
     config = EngineConfig.from_options({"model": model, "disable_log_stats": True, **options})
     config.make_folders()
     endpoint = _endpoint(input_file)
+    _check_input(input_file, endpoint)
+    _check_output(output_file, input_file)
+    partial = output_file.with_name(f"{output_file.name}.partial")
+    try:
+        batch = asyncio.run(_answer(config, input_file, partial, endpoint))
+        _move(partial, batch.output_file_id, output_file)
+        _move(partial, batch.error_file_id, output_file.with_name(f"{output_file.stem}.errors{output_file.suffix}"))
+    except KeyboardInterrupt:
+        print(f"quire: interrupted; {_GOES_ON}", file=sys.stderr)
+        raise
+    except StoreFailedError as error:
+        raise QuireError(f"{error.cause}; {_GOES_ON}") from None
+    except OSError as error:
+        raise QuireError(
+            f"{error.filename or partial}: {error.strerror}; free space there or correct it; {_GOES_ON}"
+        ) from None
+    shutil.rmtree(partial, ignore_errors=True)
+    return 0 if batch.status == "completed" and not batch.request_counts.failed else 1
+
+
+def _check_input(input_file: Path, endpoint: str) -> None:
+    """Raise `RequestError` for the first fault of the input."""
+    if endpoint not in URLS:
+        raise RequestError(
+            f"{input_file}: url is {endpoint[:100]!r}; batches are answered by {', '.join(URLS)}", param="input_file"
+        )
     _, errors = check_lines(input_file, endpoint)
     if errors:
         place = "" if errors[0].line is None else f", line {errors[0].line}"
         raise RequestError(f"{input_file}{place}: {errors[0].message}", param="input_file")
-    partial = output_file.with_name(f"{output_file.name}.partial")
-    batch = asyncio.run(_answer(config, input_file, partial, endpoint))
-    _move(partial, batch.output_file_id, output_file)
-    _move(partial, batch.error_file_id, output_file.with_name(f"{output_file.stem}.errors{output_file.suffix}"))
-    shutil.rmtree(partial)
-    return 0 if not batch.request_counts.failed else 1
+
+
+def _check_output(output_file: Path, input_file: Path) -> None:
+    """Raise `RequestError` for an output that the answers cannot become."""
+    if output_file.is_dir():
+        raise RequestError(f"{output_file} is a folder; give a file for the answers", param="output_file")
+    if output_file.exists() and output_file.samefile(input_file):
+        raise RequestError(f"{output_file} is the input too; give another file for the answers", param="output_file")
 
 
 def _endpoint(input_file: Path) -> str:
@@ -73,14 +104,16 @@ async def _answer(config: EngineConfig, input_file: Path, partial: Path, endpoin
     from quire.server.app import ENDPOINTS
 
     settings = ServerSettings(batch_concurrency=2 * config.max_num_seqs)
-    store = BatchStore(partial)
+    store = BatchStore(partial, str(partial))
     engine = AsyncLLM(config, report=lambda line: None)
     service = BatchService(store, engine, settings, ENDPOINTS, KeyRing(settings))
     try:
+        batch = await _resume(service, input_file) or await _begin(service, input_file, endpoint)
+        if batch.status in ENDED:
+            return batch
         await engine.start()
         await engine.wait_ready()
         await service.start()
-        batch = await _resume(service, input_file) or await _begin(service, input_file, endpoint)
         waiting = asyncio.create_task(service.wait(batch.id))
         while not waiting.done():
             await asyncio.wait((waiting,), timeout=_REPORT_SECONDS)
@@ -121,5 +154,6 @@ async def _resume(service: BatchService, input_file: Path) -> Batch | None:
 
 
 def _move(partial: Path, file_id: str | None, target: Path) -> None:
-    if file_id is not None:
-        shutil.move(partial / "files" / file_id, target)
+    """Move a finished file to its place, unless an earlier run has."""
+    if file_id is not None and (source := partial / "files" / file_id).exists():
+        shutil.move(source, target)

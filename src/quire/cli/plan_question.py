@@ -226,7 +226,8 @@ def _what_would_fit(question: Question) -> str:
     if config.max_model_len is not None or config.num_blocks is not None or config.kv_cache_memory is not None:
         freed = replace(config, max_model_len=None, num_blocks=None, kv_cache_memory=None)
         others = [("the KV cache and context that memory allows", replace(question, config=freed)), *others]
-    fitting, seen_more = [], False
+    fitting: list[str] = []
+    seen_more = False
     for name, other in others:
         is_more = " × " in name
         if len(fitting) == _MAX_SHOWN_REMEDIES or (is_more and seen_more):

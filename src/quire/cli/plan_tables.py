@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from quire.engine.image_memory import TEXT_TOKENS
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.memory_sizes import show_bytes
 from quire.simulation.devices import Device
@@ -29,6 +30,11 @@ def print_plan(figures: dict[str, Any], plan: MemoryPlan, note: str = "") -> Non
         )
     print()
     _print_users(figures)
+    if images := plan.images.tokens_per_image:
+        _say(
+            f"Users with an image of {images:,} tokens and {TEXT_TOKENS} of text that fit at once: "
+            f"{plan.num_image_users:,}. The image encoder is {show_bytes(plan.images.weights)} of the weights."
+        )
     planned_only = figures["planned_only"]
     if figures["expected"]:
         _print_expected(figures)

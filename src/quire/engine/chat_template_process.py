@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 NUM_PROCESSES = 2
 """While messages that are costly to render occupy one process, other requests use the second."""
-MAX_WAITING = 256
+MAX_WAITING = 1024
 """Most requests that may wait to be rendered; the next one is refused with 429."""
 ANSWER_SECONDS = 30.0
 """Longest wait for a rendering, on a machine too busy to use up the CPU time that it may take."""

@@ -60,6 +60,20 @@ class Detokenizer:
         self._num_parts_taken = len(self._parts)
         return new
 
+    @property
+    def has_stops(self) -> bool:
+        """Whether a stop string may end the text."""
+        return bool(self._stops)
+
+    def next_text(self, token_id: int) -> str:
+        """`append` of one token and `delta` in one, for a text without stop strings."""
+        self._num_tokens += 1
+        text = self._decoder.add(token_id)
+        if text:
+            self._parts.append(text)
+            self._num_parts_taken += 1
+        return text
+
     def append(self, token_ids: Sequence[int], finished: bool = False) -> StopMatch | None:
         """Add the next output tokens; returns the stop string that they complete, if any.
 

@@ -17,6 +17,9 @@ from quire.errors import EngineUnavailableError
 
 Answer = TypeVar("Answer")
 
+START_SECONDS = 120.0
+"""Longest wait for the first answer of a process, which imports libraries before it, on a busy machine."""
+
 
 class Expendable(Generic[Answer]):
     """One process. `kill` may be called from another thread."""
@@ -24,8 +27,8 @@ class Expendable(Generic[Answer]):
     def __init__(
         self, module: str, purpose: str, first: Question, decode: Callable[[bytes], Answer], *, seconds: float
     ) -> None:
-        """`module` runs as the process and answers `first` before any other question, each within `seconds`; errors
-        call it the process that `purpose`s."""
+        """`module` runs as the process and answers `first` before any other question, then each within `seconds`;
+        errors call it the process that `purpose`s."""
         self._module = module
         self._purpose = purpose
         self._first = first
@@ -43,10 +46,10 @@ class Expendable(Generic[Answer]):
     def ask(self, question: Question) -> Answer:
         """The answer to a question. Raises `EngineUnavailableError` if the process ends or is late."""
         self.start()
-        return self._ask(question)
+        return self._ask(question, self._seconds)
 
     def start(self) -> Answer | None:
-        """Start the process, unless it runs; returns its answer to the first question."""
+        """Start the process, unless it runs; returns its answer to the first question. Raises as `ask` does."""
         if self._process is not None and self._process.poll() is None:
             return None
         self.close()
@@ -58,7 +61,7 @@ class Expendable(Generic[Answer]):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        return self._ask(self._first)
+        return self._ask(self._first, max(self._seconds, START_SECONDS))
 
     def kill(self) -> None:
         """End the process; a pending question raises `EngineUnavailableError`."""
@@ -75,11 +78,11 @@ class Expendable(Generic[Answer]):
             self._socket.close()
         self._process = self._socket = None
 
-    def _ask(self, question: Question) -> Answer:
+    def _ask(self, question: Question, seconds: float) -> Answer:
         assert self._socket is not None
         try:
-            deadline = time.monotonic() + self._seconds
-            self._socket.settimeout(self._seconds)
+            deadline = time.monotonic() + seconds
+            self._socket.settimeout(seconds)
             self._socket.sendall(encode(question))
             while data := self._socket.recv(1 << 20):
                 for body in self._frames.feed(data):

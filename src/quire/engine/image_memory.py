@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from quire.config import EngineConfig
-from quire.dtypes import DTYPE_BYTES
+from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
 from quire.images.families import family_of
 from quire.model_config import ModelConfig
 
@@ -12,7 +12,9 @@ MAX_KEPT_IMAGES = 8
 MAX_KEPT_TOKENS = 8192
 """Most tokens for them by default, unless one image has more."""
 STEP_SHARE = 0.5
-"""Work of a step's encoder by the work of its largest step of tokens: a step with images takes that much longer."""
+"""Work of a step's encoder by the work of its largest step of tokens, where no sequence decodes beside it."""
+TEXT_TOKENS = 512
+"""Tokens of text beside an image, where the plan counts users."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class ImageMemory:
     """Tokens that a step encodes beside other work; an image that has more takes several steps."""
     operations: int = 0
     """Multiplications and additions for the largest part of an image."""
+    weights: int = 0
+    """Bytes of the encoder and its projector, which are part of the model's weights."""
     num_bytes: int = 0
     """Kept embeddings, and the activations of the encoder."""
 
@@ -34,7 +38,9 @@ class ImageMemory:
 NO_IMAGES = ImageMemory()
 
 
-def plan_images(config: EngineConfig, model: ModelConfig, dtype: str, max_num_batched_tokens: int) -> ImageMemory:
+def plan_images(
+    config: EngineConfig, model: ModelConfig, dtype: str, weight_dtype: str, max_num_batched_tokens: int
+) -> ImageMemory:
     """The memory for images; nothing if no request may have one. `dtype` is that of activations."""
     vision = model.vision
     if vision is None or not config.max_images:
@@ -56,5 +62,7 @@ def plan_images(config: EngineConfig, model: ModelConfig, dtype: str, max_num_ba
         kept_tokens=kept,
         step_tokens=step_tokens,
         operations=2 * largest_part * work_of_token + 4 * num_patches**2 * vision.hidden_size * vision.num_layers,
+        weights=sum(linear.weight_bytes(weight_dtype) for linear in vision.linears)
+        + sum(vector.size for vector in vision.vectors) * FLOAT32_BYTES,
         num_bytes=kept * model.hidden_size * DTYPE_BYTES[dtype] + encoded,
     )

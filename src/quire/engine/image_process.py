@@ -62,7 +62,7 @@ def _prepare() -> ImageAnswer:
         load_readers()
     except ImportError:
         return ImageAnswer(
-            error="images need the library Pillow, which the server lacks: pip install 'quire[images]'",
+            error="images need the library Pillow, which the server lacks: pip install 'quire-llm[images]'",
             code="no_images",
         )
     return ImageAnswer()

@@ -63,8 +63,8 @@ class ImageReader:
         return image
 
     def _ask(self, data: bytes) -> ReadImage:
+        first = self._process.start()  # that it does not start is no client's mistake
         try:
-            first = self._process.start()
             answer = self._process.ask(DecodeImage(data)) if first is None or first.error is None else first
         except EngineUnavailableError as error:
             raise RequestError(

@@ -117,7 +117,11 @@ def make_budget(
         graphs=_graph_bytes(model, choice.dtype, min(MAX_CAPTURED_TOKENS, num_samples)) if captures else 0,
         swap_space=(config.swap_space or 0) // block * block,
         images=plan_images(
-            config, model, "float32" if backend.float32_activations else choice.dtype, choice.max_num_batched_tokens
+            config,
+            model,
+            "float32" if backend.float32_activations else choice.dtype,
+            choice.dtype,
+            choice.max_num_batched_tokens,
         ),
         staging=2 * num_staged_blocks(block) * block if config.disk_cache is not None else 0,
         adapters=adapter_memory(

@@ -10,7 +10,7 @@ from typing import Any
 from quire.backends import BACKENDS, Backend, choose_backend, has_package
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
-from quire.engine.image_memory import NO_IMAGES, ImageMemory
+from quire.engine.image_memory import NO_IMAGES, TEXT_TOKENS, ImageMemory
 from quire.engine.memory_budget import StorageChoice, make_budget
 from quire.engine.memory_refusals import (
     check_backend,
@@ -23,13 +23,15 @@ from quire.engine.memory_refusals import (
 from quire.engine.memory_sizes import available_memory, show_bytes
 from quire.engine.state_memory import plan_states
 from quire.errors import ConfigError
-from quire.kv_groups import KVGroup, describe_groups, window_alignment
+from quire.kv_groups import KVGroup, describe_groups, most_blocks, window_alignment
 from quire.model_config import ModelConfig
 
 MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
 MIN_BATCHED_TOKENS_ON_GPU = 8192
 """Enough rows for a GPU to compute a long prompt at full rate; a step of an 8B model then takes 0.2 s."""
+MIN_BATCHED_TOKENS_OF_ENCODER = 1024
+"""No stream waits for a step of an encoder, and each step has its price."""
 KV_SHARE = 0.5
 """Share of the memory left beside the other parts that the KV pool takes by default."""
 PLAN_TOLERANCE = 0.01
@@ -100,6 +102,15 @@ class MemoryPlan:
         """How many sequences of the longest context fit at once."""
         return self.num_blocks // self.longest_blocks
 
+    @property
+    def num_image_users(self) -> int:
+        """How many sequences with one image of the largest kind and `TEXT_TOKENS` of text fit at once."""
+        num_tokens = self.images.tokens_per_image + TEXT_TOKENS
+        if not self.images.tokens_per_image or num_tokens > self.max_model_len:
+            return 0
+        blocks = sum(most_blocks(num_tokens, group.window, self.block_size) for group in self.kv_groups)
+        return min(self.max_num_seqs, self.num_blocks // blocks)
+
     def surplus(self, allocated: int) -> str:
         """A warning if this process has allocated more bytes for weights and KV cache than planned; else "". What other
         processes take of a card is never asked."""
@@ -146,8 +157,9 @@ class MemoryPlan:
         most = images.tokens_per_image
         return (
             f"images: up to {most} tokens each ({show_bytes(most * self.kv_bytes_per_token)} of KV), "
-            f"{self.max_model_len // most} in the longest context, {self.num_blocks * self.block_size // most} in the "
-            f"pool; embeddings of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens}"
+            f"{self.max_model_len // most} in the longest context; {self.num_image_users} users with such an image and "
+            f"{TEXT_TOKENS} tokens of text fit at once; the encoder takes {show_bytes(images.weights)} of the weights "
+            f"and {show_bytes(images.num_bytes)} for what it computes and keeps ({images.kept_tokens} tokens)"
         )
 
     def _describe_blocks(self) -> str:
@@ -163,6 +175,7 @@ class MemoryPlan:
             "total": self.total,
             "states": self.states,
             "num_longest_sequences": self.num_longest_sequences,
+            "num_image_users": self.num_image_users,
         }
 
 
@@ -262,6 +275,8 @@ def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device, lo
     )
     dtype = _dtype(config, model, device)
     min_batched = MIN_BATCHED_TOKENS if device.total_memory is None else MIN_BATCHED_TOKENS_ON_GPU
+    if model.is_encoder:
+        min_batched = max(min_batched, MIN_BATCHED_TOKENS_OF_ENCODER)
     if model.needs_whole_texts:
         min_batched = max(min_batched, longest)
     return StorageChoice(

@@ -129,6 +129,8 @@ def _text_of_part(part: object, index: int) -> str:
     match part:
         case {"type": "text", "text": str(text)}:
             return text
+        case {"type": "text"}:
+            raise RequestError(f"messages[{index}].content has a part of type 'text' without a text", param="messages")
         case {"type": kind}:
             raise RequestError(
                 f"messages[{index}].content has a part of type {kind!r}; only text parts are supported",

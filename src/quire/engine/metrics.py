@@ -16,6 +16,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from quire.engine.fast_histogram import FastHistogram
 from quire.memory_stats import TierStats
 from quire.outputs import EngineStats, RequestMetrics
 
@@ -255,9 +256,10 @@ class Metrics(Collector):
         self._step_tokens = self._add_histogram(
             "iteration_tokens_total", "Tokens per step, mean of a snapshot", _TOKENS
         )
-        self._token_gaps = self._add_histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request", _BETWEEN_TOKENS
+        self._token_gaps = FastHistogram(
+            _OWN + "inter_token_latency_seconds", "Between two tokens of a request", self._labels, _BETWEEN_TOKENS
         )
+        self._register(self._token_gaps, in_vllm=True)
         self._histograms = [(self._add_histogram(row.name, row.about, row.buckets), row.read) for row in _HISTOGRAMS]
         self._http = Counter("http_requests", "HTTP requests", ["handler", "method", "status"], registry=None)
         self._http_seconds = Histogram(
@@ -311,7 +313,7 @@ class Metrics(Collector):
         self._http_seconds.labels(handler, method).observe(seconds)
 
     @property
-    def latencies(self) -> dict[str, Histogram]:
+    def latencies(self) -> dict[str, Histogram | FastHistogram]:
         return {"first_token": self._histograms[0][0], "next_token": self._token_gaps}
 
     def render(self) -> bytes:
@@ -373,7 +375,7 @@ class Metrics(Collector):
         self._register(histogram, in_vllm=True)
         return histogram.labels(**self._labels)
 
-    def _register(self, metric: MetricWrapperBase, *, in_vllm: bool) -> None:
+    def _register(self, metric: MetricWrapperBase | FastHistogram, *, in_vllm: bool) -> None:
         self.registry.register(_Exported(metric, in_vllm=in_vllm))
 
 
@@ -384,7 +386,7 @@ def _increase(counter: Counter, now: float | None, before: float | None) -> None
 class _Exported(Collector):
     """A metric under its names. Leaves out the times of creation, which would double the size of a scrape."""
 
-    def __init__(self, metric: MetricWrapperBase, *, in_vllm: bool) -> None:
+    def __init__(self, metric: MetricWrapperBase | FastHistogram, *, in_vllm: bool) -> None:
         self._metric = metric
         self._in_vllm = in_vllm
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.embeddings import check_dimensions
 from quire.engine.checkpoint import read_model_config
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
@@ -33,6 +34,17 @@ def check_embeds(model: ModelConfig) -> None:
     """Raise `RequestError` unless the model makes embeddings. A decoder does, unless its task is generate by option."""
     if model.generates_only or model.task not in ("generate", "embed"):
         raise _wrong_task(model, "an embedding model")
+
+
+def check_dimensions_of(model: ModelConfig, dimensions: int | None) -> None:
+    """Raise `RequestError` for a size of embeddings that the model does not make."""
+    pooling = model.pooling
+    if dimensions is None:
+        return
+    if pooling is None:
+        check_dimensions(dimensions, model.hidden_size)
+    else:
+        check_dimensions(dimensions, pooling.vector_size(model.hidden_size), pooling.matryoshka_dimensions)
 
 
 def check_classifies(model: ModelConfig) -> None:

@@ -36,6 +36,8 @@ class _Sample:
             if tokenizer is not None and request.params.detokenize
             else None
         )
+        self.next_text = None if self.detokenizer is None or self.detokenizer.has_stops else self.detokenizer.next_text
+        """Turns one token into its text; None if more than that may happen."""
 
 
 class _RequestState:
@@ -112,7 +114,8 @@ class OutputProcessor:
         growing = self._growing
         if growing is None:
             for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
-                self._take(SequenceDelta(request_id, index, [token_id]), now, outputs, stopped)
+                if not self._take_token(request_id, index, token_id, now, outputs):
+                    self._take(SequenceDelta(request_id, index, [token_id]), now, outputs, stopped)
             return list(outputs.values()), stopped
         # Usually the batch is that of the step before: then each sample costs one append.
         for ids, token_id in zip(growing.token_ids, deltas.token_ids, strict=True):
@@ -134,6 +137,25 @@ class OutputProcessor:
             outputs[request_id] = state.whole
         return _Growing(token_ids, list(outputs.values()))
 
+    def _take_token(
+        self, request_id: str, index: int, token_id: int, now: float, outputs: dict[str, RequestOutput]
+    ) -> bool:
+        """What `_take` does for one token, in the case of nearly all: a stream's next token, and no stop strings.
+        Returns False for others."""
+        state = self._states.get(request_id)
+        sample = state.live.get(index) if state is not None else None
+        if state is None or sample is None or sample.next_text is None or state.whole is not None:
+            return False
+        output = outputs.get(request_id)
+        if output is None:
+            metrics = state.metrics
+            metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
+            output = outputs[request_id] = state.open()
+            output.num_cached_tokens = state.num_cached_tokens
+        output.outputs.append(CompletionOutput(index, sample.next_text(token_id), [token_id]))
+        sample.num_tokens += 1
+        return True
+
     def _take(
         self, delta: SequenceDelta, now: float, outputs: dict[str, RequestOutput], stopped: list[tuple[str, int]]
     ) -> None:
@@ -153,6 +175,10 @@ class OutputProcessor:
             state.prompt_logprobs_begun = True
             if not delta.token_ids and delta.finish_reason is None:
                 return
+        params = state.request.params
+        if params.prompt_logprobs is not None and not state.prompt_logprobs_begun:  # a prompt of one token
+            output.prompt_logprobs = [None]
+            state.prompt_logprobs_begun = True
         output.vector = delta.vector
         completion = sample.whole
         if completion is None:

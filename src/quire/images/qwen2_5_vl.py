@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: an image keeps its shape; its edges become whole tokens and its area lies within two bounds."""
+"""Qwen2-VL and Qwen2.5-VL: an image keeps its shape. Its edges become whole tokens, its area lies within two bounds."""
 
 import math
 

@@ -47,6 +47,8 @@ class StepContext:
     """The plan of these layers; None in a model without."""
     token_types: Tensor | None = None
     """[T] int32: 1 for the tokens of a pair's second text, else 0; None where all are 0."""
+    text_starts: Sequence[int] | None = None
+    """[B + 1]: where the tokens of each sequence begin among those of the step, and the end of all."""
     grid_positions: Tensor | None = None
     """[3, T] int32: temporal, vertical and horizontal position of each token, in a model that has them; None where the
     three are `positions`."""

@@ -8,6 +8,7 @@ decoder with another head. An encoder's rows are named after all models that Qui
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from quire.errors import CheckpointError
 from quire.model_config.architectures import ARCHITECTURES
 from quire.model_config.encoder_architectures import ENCODER_ARCHITECTURES
+
+logger = logging.getLogger(__name__)
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MODEL_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}
@@ -26,17 +29,20 @@ def find_architecture(path: Path, config: dict[str, Any]) -> str:
     found = known_architecture(path, config)
     if found is not None:
         return found
-    shown = ", ".join(config.get("architectures") or ()) or f"none (model_type {config.get('model_type')!r})"
+    named = config.get("architectures") or ()
+    shown = ", ".join([named] if isinstance(named, str) else named) or f"none (model_type {config.get('model_type')!r})"
     raise CheckpointError(f"{path}: architectures is {shown}; supported are {', '.join(ARCHITECTURES)}")
 
 
 def known_architecture(path: Path, config: dict[str, Any]) -> str | None:
     """The row's name; None where Quire has no row. Raises `CheckpointError` if `architectures` is no list of names."""
     named = config.get("architectures") or []
+    named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(f"{path}: architectures is {json.dumps(named)}; supported: a list of names")
     for name in named:
         if name in ARCHITECTURES:
+            _warn_of_other_type(path, name, config)
             return str(name)
         stem, classifies, _ = name.partition("ForSequenceClassification")
         if classifies and (rows := [stem + end for end in _CAUSAL_ENDINGS if stem + end in ARCHITECTURES]):
@@ -45,6 +51,23 @@ def known_architecture(path: Path, config: dict[str, Any]) -> str | None:
     if isinstance(model_type, str) and not any(map(_is_other_task, named)):
         return _causal_architecture(model_type, config) or _encoder_architecture(model_type)
     return None
+
+
+def _warn_of_other_type(path: Path, name: str, config: dict[str, Any]) -> None:
+    """Warn where `model_type` means another family, which transformers would load."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or _letters(_stem(name)) == _letters(model_type):
+        return
+    meant = _causal_architecture(model_type, config)
+    if meant not in (None, name):
+        logger.warning(
+            "%s: architectures is %s, and model_type %r means %s; Quire goes by architectures, transformers by "
+            "model_type; correct the wrong one",
+            path,
+            name,
+            model_type,
+            meant,
+        )
 
 
 def is_causal(name: str) -> bool:

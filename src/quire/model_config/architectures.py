@@ -188,9 +188,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         model="quire.models.gemma2:Gemma2",
         reads=_GEMMA3_READS,
         constants={"use_sliding_window": True},
-        names={"hidden_act": "hidden_activation"},
+        # With attention to both sides it is EmbeddingGemma.
+        names={"hidden_act": "hidden_activation", "is_encoder": "use_bidirectional_attention"},
         implied=_GEMMA3,
-        fixed=_GEMMA3_FIXED,
+        fixed={"attn_logit_softcapping": False},
     ),
     "Gemma3ForConditionalGeneration": Architecture(
         model="quire.models.gemma3:Gemma3Text",

@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         if content.startswith(GIT_LFS_POINTER):
             raise CheckpointError(f"{path} {POINTER_REFUSAL}")
-        value = json.loads(content.decode())
+        value = json.loads(content.decode("utf-8-sig"))  # editors on Windows begin with a mark
     except RecursionError:
         raise CheckpointError(f"{path} cannot be read as JSON: its lists and objects are nested too deep") from None
     except (OSError, ValueError) as error:

@@ -43,6 +43,25 @@ _ROBERTA = replace(
     },
     fixed={**_BERT.fixed, "pad_token_id": 1},
 )
+# Beside positions, each head adds a learned bias for the distance of a key, by buckets of distances.
+_MPNET = replace(
+    _ROBERTA,
+    implied={**_ROBERTA.implied, "layer_norm_eps": 1e-12, "type_vocab_size": 0, "relative_attention_num_buckets": 32},
+)
+# No positions: each head takes off its slope times the distance, on both sides.
+_JINA_V2 = replace(
+    _BERT,
+    implied={
+        **_POST_NORM,
+        "type_vocab_size": 2,
+        "max_position_embeddings": 8192,
+        "gated_mlp": True,
+        "mlp_bias": False,
+        "mlp_down_bias": True,
+    },
+    constants={**_HEADS, "alibi": True, "hidden_act": "gelu"},
+    fixed={**_FIXED, "position_embedding_type": "alibi", "feed_forward_type": "geglu"},
+)
 _DISTILBERT = Architecture(
     model=_CLASS,
     names={
@@ -148,6 +167,8 @@ _FAMILIES: dict[str, Architecture] = {
     "Roberta": _ROBERTA,
     "XLMRoberta": _ROBERTA,
     "Camembert": _ROBERTA,
+    "MPNet": _MPNET,
+    "JinaBert": _JINA_V2,
     "DistilBert": _DISTILBERT,
     "NomicBert": _NOMIC,
     "Gte": _GTE,

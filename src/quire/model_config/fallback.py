@@ -40,6 +40,6 @@ def is_computed_by_transformers(path: Path, config: dict[str, Any]) -> bool:
     if find_spec("transformers") is None:
         raise CheckpointError(
             f"{path}: architectures is {names[0]}, which Quire has no class for; transformers can compute it: "
-            "pip install 'quire[transformers]'"
+            "pip install 'quire-llm[transformers]'"
         )
     return True

@@ -68,6 +68,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         layer_windows=windows,
         attention_sinks=config.flag("attention_sinks"),
         alibi_slopes=alibi_slopes,
+        num_distance_buckets=config.integer("relative_attention_num_buckets", 0, minimum=0),
         rope=ropes[0],
         layer_ropes=ropes[1],
         positions_are_stretched=config.flag("positions_are_stretched"),
@@ -89,5 +90,12 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:
+    """`dtype` or, as older files spell it, `torch_dtype`: bfloat16, or torch.bfloat16. auto says as much as nothing."""
     key = "dtype" if config.value("dtype") else "torch_dtype"
-    return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
+    value = config.value(key)
+    if value in (None, "auto"):
+        return "float32"
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if not isinstance(name, str) or name not in DTYPE_BYTES:
+        raise config.refusal(key, value, ", ".join(DTYPE_BYTES))
+    return name

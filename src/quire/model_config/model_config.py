@@ -133,6 +133,8 @@ class ModelConfig:
     alibi_slopes: tuple[float, ...] = ()
     """Per query head: the slope times (key position - query position) is added to each scaled score. Empty: nothing
     is."""
+    num_distance_buckets: int = 0
+    """Buckets of distances; each head has a learned bias for each of them (MPNet). 0: there is none."""
     rope: RopeConfig | None = None
     """None without `alibi_slopes`: positions are learned, one embedding each."""
     position_offset: int = 0
@@ -330,6 +332,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
     hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
     num_positions = config.max_position_embeddings + config.position_offset
     learned = config.rope is None and not config.alibi_slopes
+    distances = (VectorSpec("distances", config.num_distance_buckets * config.num_heads),)
     types = (VectorSpec("token_types", config.num_token_types * hidden),) if config.num_token_types else ()
     positions = LinearSpec("positions", num_positions, hidden) if learned else None
     projections = (
@@ -354,6 +357,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         + embedding_norm
         + head_bias
         + types
+        + (distances if config.num_distance_buckets else ())
         + encoder,
     )
 

@@ -13,6 +13,10 @@ _GPT2_NAMES: dict[str, str] = {
     "hidden_act": "activation_function",
     "rms_norm_eps": "layer_norm_epsilon",
 }
+_GPT2_ALIASES = {
+    key: _GPT2_NAMES[key]
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+}
 # Biases everywhere, heads that divide the width, and a key for every query.
 _PLAIN_HEADS: dict[str, Any] = {"head_dim": None, "num_key_value_heads": None}
 _GPT2_CONSTANTS: dict[str, Any] = {**_PLAIN_HEADS, "attention_bias": True, "mlp_bias": True}
@@ -48,6 +52,7 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
         names=_GPT2_NAMES,
+        aliases=_GPT2_ALIASES,
         implied=_GPT2_IMPLIED,
         constants=_GPT2_CONSTANTS,
         fixed={
@@ -59,6 +64,7 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
     "GPTJForCausalLM": Architecture(
         model="quire.models.gptj:GPTJ",
         names={**_GPT2_NAMES, "rotary_elements": "rotary_dim"},
+        aliases=_GPT2_ALIASES,
         constants={
             **_PLAIN_HEADS,
             "mlp_bias": True,
@@ -82,6 +88,7 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
     "GPTBigCodeForCausalLM": Architecture(
         model="quire.models.gpt_bigcode:GPTBigCode",
         names=_GPT2_NAMES,
+        aliases=_GPT2_ALIASES,
         implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
         constants=_GPT2_CONSTANTS,
         fixed={"scale_attn_weights": True, "add_cross_attention": False},

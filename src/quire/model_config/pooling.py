@@ -58,6 +58,10 @@ class PoolingConfig:
     matryoshka_dimensions: tuple[int, ...] = ()
     """The sizes to which vectors may be cut; empty: to any."""
 
+    def vector_size(self, hidden_size: int) -> int:
+        """Numbers of an embedding."""
+        return self.dense[-1].num_outputs if self.dense else hidden_size * len(self.methods)
+
     @property
     def reads_all_tokens(self) -> bool:
         """Whether hidden states of tokens before the last are needed."""

@@ -10,7 +10,10 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     (Gemma), or letters (EXAONE 4). Else the layers that rotate nothing have the window (SmolLM3), or those from
     `max_window_layers` on (Qwen), or every other layer before it (Qwen2-MoE).
     """
-    if config.value("sliding_window") is None or not config.flag("use_sliding_window"):
+    if config.value("sliding_window") is None:
+        return (0,) * num_layers
+    if not config.flag("use_sliding_window"):
+        _check_unwindowed(config, num_layers)
         return (0,) * num_layers
     window = config.integer("sliding_window")
     if config.flag("is_encoder"):
@@ -38,6 +41,16 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     if config.flag("alternate_windows"):
         return tuple(window if layer % 2 == 0 and layer < first else 0 for layer in range(num_layers))
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
+
+
+def _check_unwindowed(config: ConfigJson, num_layers: int) -> None:
+    """Refuse layers with a window where config.json turns windows off, and kinds of layers that are not known."""
+    layer_types = config.value("layer_types")
+    if layer_types is None or config.value("recurrent_kind") is not None:
+        return
+    if layer_types != ["full_attention"] * num_layers:
+        supported = f"{num_layers} times full_attention where use_sliding_window is false"
+        raise config.refusal("layer_types", layer_types, supported)
 
 
 def _windows_of_letters(config: ConfigJson, pattern: str, window: int, num_layers: int) -> tuple[int, ...]:

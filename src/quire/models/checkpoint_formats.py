@@ -4,6 +4,7 @@ The row's class is imported when a checkpoint needs it. It opens a folder with `
 what is missing, truncated or at odds.
 """
 
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,8 @@ from quire.models.safetensors_weights import SafetensorsWeights
 from quire.models.stored.layers import StoredLayers
 from quire.models.weights import TensorSource
 from quire.quantization.stored import StoredWeights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,12 @@ def open_checkpoint(folder: str | Path, stored: StoredWeights | None = None) -> 
             module, name = row.source.split(":")
             format_class: Any = getattr(import_module(module), name)
             source: TensorSource = format_class.open(folder)
+            if (folder / "adapter_config.json").is_file():
+                logger.warning(
+                    "%s also holds adapter_config.json: the adapter is not applied, though transformers would; serve "
+                    "it with enable_lora, or merge it with peft's merge_and_unload()",
+                    folder,
+                )
             if stored is not None and isinstance(source, SafetensorsWeights):
                 return StoredLayers(source, stored)
             return source
@@ -71,4 +80,23 @@ def _nothing_to_load(folder: Path) -> str:
     expected = " nor ".join(name for row in CHECKPOINT_FORMATS.values() for name in reversed(row.files))
     shown = f"{folder} has neither {expected}; found {name_some(found) if found else 'nothing'}"
     kind = describe_kind(folder)
-    return shown if kind is None else f"{shown}. It is {kind}"
+    if kind is not None:
+        return f"{shown}. It is {kind}"
+    return shown + _advice_on_names([name for name in found if name.endswith(".safetensors")])
+
+
+def _advice_on_names(names: list[str]) -> str:
+    """What to do about safetensors files of other names."""
+    if not names:
+        return ""
+    if any(name.startswith("consolidated") for name in names):
+        return (
+            f". {name_some(names)} holds the weights under their maker's own names; download the files "
+            "model*.safetensors of the model's Hugging Face repository"
+        )
+    if len(names) == 1:
+        return f". If {names[0]} holds all of the model's weights, rename it to model.safetensors"
+    return (
+        f". {name_some(names)} look like shards; download model.safetensors.index.json, which says what each holds, "
+        "from the model's repository"
+    )

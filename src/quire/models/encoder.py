@@ -15,10 +15,12 @@ from quire.layers.embedding import Embedding
 from quire.layers.linear import LinearWeight
 from quire.layers.norm import NoNorm, Norm
 from quire.layers.step_context import StepContext
+from quire.layers.text_attention import TextAttention
 from quire.model_config import ModelConfig
 from quire.models.blocks import GatedMLP, PlainMLP, SelfAttention, fused_attention, plain_mlp, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import MLP, DecoderLayer
+from quire.models.distance_biases import distance_biases
 from quire.models.llama import rotary_tables
 from quire.models.opt import PostNormLayer
 from quire.models.pooler import Pooler
@@ -60,6 +62,13 @@ ENCODER_NAMES: dict[str, EncoderNames] = {
     "Roberta": EncoderNames(model="roberta"),
     "XLMRoberta": EncoderNames(model="roberta"),
     "Camembert": EncoderNames(model="roberta"),
+    "MPNet": EncoderNames(
+        model="mpnet",
+        qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        o=("attention.attn.o",),
+        attention_norm=("attention.LayerNorm",),
+    ),
+    "JinaBert": EncoderNames(up=("mlp.gated_layers",), down=("mlp.wo",), mlp_norm=("mlp.layernorm",)),
     "DistilBert": EncoderNames(
         model="distilbert",
         layers=("transformer.layer",),
@@ -128,7 +137,7 @@ class Encoder:
         word = _spelling(model, names.word)
         self.word = Embedding(model.weights.take(f"{word}.weight", (config.vocab_size, hidden)), floats)
         self.positions: Embedding | None = None
-        if config.rope is None:
+        if config.rope is None and not config.alibi_slopes:
             rows = config.max_position_embeddings + config.position_offset
             table = model.weights.take("embeddings.position_embeddings.weight", (rows, hidden))
             self.positions = Embedding(table[config.position_offset :], floats)
@@ -140,16 +149,20 @@ class Encoder:
         self.embedding_norm = model.norm(_spelling(model, names.embedding_norm))
         device = self.word.table.device
         tables = rotary_tables(config, max_model_len, device) if config.rope else [None] * config.num_layers
+        biases = distance_biases(config, model.weights, max_model_len)
         self.layers: list[DecoderLayer] = []
         self.norm: Norm = NoNorm()
         layers = _spelling(model, tuple(f"{name}.0" for name in names.layers)).removesuffix(".0")
         for index, cos_sin in enumerate(tables):
-            self._add_layer(model.scope(f"{layers}.{index}"), names, index, cos_sin)
+            attention = _attention(model.scope(f"{layers}.{index}"), names, index, cos_sin)
+            if biases is not None:
+                attention.attend = TextAttention(kernels, 0, scale=config.attention_scale, biases=biases)
+            self._add_layer(model.scope(f"{layers}.{index}"), names, index, attention)
         if config.norm_before:
             self.norm = model.norm(names.norm)
 
-    def _add_layer(self, build: Builder, names: EncoderNames, index: int, cos_sin: Tensor | None) -> None:
-        attention, mlp = _attention(build, names, index, cos_sin), _mlp(build, names)
+    def _add_layer(self, build: Builder, names: EncoderNames, index: int, attention: SelfAttention) -> None:
+        mlp = _mlp(build, names)
         if build.config.norm_before:
             skips = index == 0 and not build.config.first_norm
             norm: Norm = NoNorm() if skips else build.norm(names.attention_norm[0])

@@ -14,6 +14,7 @@ from quire.errors import CheckpointError
 from quire.model_config.config_json import GIT_LFS_POINTER, POINTER_REFUSAL
 
 DTYPES = {
+    "F64": "float64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
@@ -27,6 +28,7 @@ DTYPES = {
 }
 """Dtypes that Quire reads: safetensors' name → torch's."""
 _ITEM_BYTES = {
+    "F64": 8,
     "F32": 4,
     "F16": 2,
     "BF16": 2,

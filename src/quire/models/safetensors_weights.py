@@ -21,7 +21,7 @@ from quire.models.weights import take_float_linear
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_FLOATS = ("F32", "F16", "BF16")
+_FLOATS = ("F32", "F16", "BF16", "F64")
 _QUANTIZED = {"qweight": "GPTQ and AWQ", "weight_packed": "llm-compressor's formats"}
 """How other formats name a layer's matrix → which they are."""
 
@@ -57,8 +57,9 @@ class SafetensorsWeights:
         return self._entries[name].dtype
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor as stored, a view of its file; its shape must be `shape`."""
-        return self.take_as(name, shape, _FLOATS)
+        """The tensor as stored, a view of its file; of 64 bits, a float32 copy. Its shape must be `shape`."""
+        tensor = self.take_as(name, shape, _FLOATS)
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.take_as(name, shape, ("U8",))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from quire.routing.prefix_index import DEVICE, BlockKey, PrefixIndex
+from quire.routing.prefix_index import ANY_REPLICA, DEVICE, BlockKey, PrefixIndex
 from quire.routing.replica import Replica
 
 
@@ -54,25 +54,30 @@ class LeastWork:
     """Cost of a token that a running request holds."""
     slack: float = 0.05
     most_ahead: float = 1.15
-    """The work of a replica beyond this many times the mean adds to its cost. So no replica stays far ahead."""
+    """The work of a replica beyond this many times the mean, and a share of the prompt, adds to its cost. So no replica
+    stays far ahead."""
+    free_share: float = 0.25
+    """That share. Where there are fewer conversations than replicas, it lets each stay where its blocks are."""
 
     def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
-        context_cost = self.context_cost
         loads = [replica.load for replica in replicas]
-        most = self.most_ahead * sum([load.total_tokens for load in loads]) / len(loads)
-        costs = [
-            load.queued_tokens
-            + context_cost * load.context_tokens
-            + (load.total_tokens - most if load.total_tokens > most else 0.0)
-            for load in loads
-        ]
+        totals = [load.total_tokens for load in loads]
+        most = self.most_ahead * sum(totals) / len(totals) + self.free_share * prompt.num_tokens
+        context_cost = self.context_cost
+        costs = [load.queued_tokens + context_cost * load.context_tokens for load in loads]
+        if max(totals) > most:
+            costs = [cost + max(0.0, total - most) for cost, total in zip(costs, totals, strict=True)]
+        slack = self.slack * prompt.num_tokens
+        if not prompt.blocks or not index.finder()(prompt.blocks[0]):
+            limit = min(costs) + slack
+            near = [(totals[place], place) for place, cost in enumerate(costs) if cost <= limit]
+            return replicas[min(near)[1]]
         savings = _Savings(prompt, replicas, index, 1 - self.lower_tier_cost)
-        limit = savings.least_cost(costs) + self.slack * prompt.num_tokens
-        best = len(loads)
-        least = math.inf
-        for place, load in enumerate(loads):
-            if load.total_tokens < least and savings.keeps_within(limit, costs[place], place):
-                best, least = place, load.total_tokens
+        limit = savings.least_cost(costs) + slack
+        best, least = 0, math.inf
+        for place, total in enumerate(totals):
+            if total < least and (costs[place] <= limit or savings.bring_below(limit, costs[place], place)):
+                best, least = place, total
         return replicas[best]
 
 
@@ -84,58 +89,56 @@ class _Savings:
     exact length takes one look-up per halving of the prompt, and only replicas that seem to be best need it.
     """
 
-    def __init__(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex, lower_share: float) -> None:
+    def __init__(
+        self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex, lower_tier_share: float
+    ) -> None:
         self._blocks, self._size = prompt.blocks, prompt.block_size
-        self._bits = [1 << replica.number for replica in replicas]
+        self._numbers = [replica.number for replica in replicas]
         self._index, self._find = index, index.finder()
-        self._find_fast = index.finder(DEVICE)
         self._has_lower_tiers = index.has_lower_tiers
-        self._lower_share = lower_share
-        self._longest = index.prefix_length(sum(self._bits), self._blocks)
-        """Most blocks that any of the replicas holds."""
+        self._find_fast = index.finder(DEVICE) if self._has_lower_tiers else self._find
+        self._lower_tier_share = lower_tier_share
+        self._longest = index.prefix_length(ANY_REPLICA, self._blocks)
+        """Most blocks that any replica holds."""
 
     def least_cost(self, costs: Sequence[float]) -> float:
         """The least of `costs`, one per replica without savings, when each has its savings taken off."""
-        least, size, longest = min(costs), self._size, self._longest
-        if not longest:
-            return least
-        find, blocks, bits = self._find, self._blocks, self._bits
-        most = longest * size
-        last = find(blocks[longest - 1]) or 0
-        if not self._has_lower_tiers:
-            least = min([least, *(cost - most for cost, bit in zip(costs, bits, strict=True) if last & bit)])
-        for place in sorted(range(len(costs)), key=costs.__getitem__):
-            gap = costs[place] - least
+        least, size, most = min(costs), self._size, self._longest * self._size
+        find, blocks, numbers = self._find, self._blocks, self._numbers
+        if not self._has_lower_tiers:  # one that holds the longest prefix is a good first guess
+            last = find(blocks[self._longest - 1]) or 0
+            firsts = [cost for cost, number in zip(costs, numbers, strict=True) if last >> number & 1]
+            least = min([least, *(cost - most for cost in firsts)])
+        for cost, number in sorted(zip(costs, numbers, strict=True)):
+            gap = cost - least
             if gap >= most:
                 break  # no replica saves more than the longest prefix, and the others cost more without savings
             # To cost less than the least so far it must save more than the gap.
             needed = int(gap / size) if gap > 0 else 0
-            if (find(blocks[needed]) or 0) & bits[place]:
-                least = min(least, costs[place] - self._saved(place, needed + 1))
+            if (find(blocks[needed]) or 0) >> number & 1:
+                least = min(least, cost - self._saved(number, needed + 1))
         return least
 
-    def keeps_within(self, limit: float, cost: float, place: int) -> bool:
-        """Whether a replica of that cost without savings costs at most `limit` with them."""
-        if cost <= limit:
-            return True
+    def bring_below(self, limit: float, cost: float, place: int) -> bool:
+        """Whether a replica of `cost` without savings, more than `limit`, costs at most that with them."""
         needed = math.ceil((cost - limit) / self._size)
         if needed > self._longest:
             return False
-        bit, block = self._bits[place], self._blocks[needed - 1]
-        if (self._find_fast(block) or 0) & bit:
+        number, block = self._numbers[place], self._blocks[needed - 1]
+        if (self._find_fast(block) or 0) >> number & 1:
             return True
-        if not (self._has_lower_tiers and (self._find(block) or 0) & bit):
+        if not (self._has_lower_tiers and (self._find(block) or 0) >> number & 1):
             return False
-        return cost - self._saved(place, needed) <= limit
+        return cost - self._saved(number, needed) <= limit
 
-    def _saved(self, place: int, least: int) -> float:
+    def _saved(self, number: int, least: int) -> float:
         """Tokens that a replica saves; it holds at least `least` blocks."""
-        bit, length = self._bits[place], self._index.prefix_length
+        bit, length = 1 << number, self._index.prefix_length
         held = length(bit, self._blocks, least=least, most=self._longest)
         if not self._has_lower_tiers:
             return float(held * self._size)
         fast = length(bit, self._blocks, DEVICE, most=held)
-        return self._size * (fast + self._lower_share * (held - fast))
+        return self._size * (fast + self._lower_tier_share * (held - fast))
 
 
 class RoundRobin:

@@ -17,6 +17,8 @@ BlockKey = int
 DEVICE, HOST, DISK = range(3)
 """Where a replica holds a block: the tiers, fastest first."""
 
+ANY_REPLICA = -1
+"""The bits of all replicas."""
 _TIER_BITS = 64
 """An entry is block + tier << 64, a plain integer: tuples would keep the garbage collector busy."""
 

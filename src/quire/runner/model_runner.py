@@ -260,6 +260,7 @@ class ModelRunner:
             output_tokens,
             state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
             token_types=sent.tensors.get("token_types"),
+            text_starts=step.batch.query_start_loc.tolist() if step.plan.pool_rows else None,
             recurrence=self._recurrence.plan(step),
             grid_positions=None if grid is None else to_device(grid, self._device),
             input_rows=None if step.plan.images is None else self._images.apply(step.plan.images),

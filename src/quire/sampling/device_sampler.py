@@ -178,7 +178,7 @@ def read_samples(samples: NDArray[np.int32], states: Sequence[SamplingState]) ->
     is_finite = np.isfinite(max_logits)
     errors: list[str | None] = [None] * len(states)
     for index in np.flatnonzero(~is_finite).tolist():
-        errors[index] = explain_max_logit(float(max_logits[index]))
+        errors[index] = explain_max_logit(float(max_logits[index]), states[index].params)
     token_ids = np.where(is_finite, tokens, NO_TOKEN).tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(states)
     if len(samples) > 2:

@@ -14,6 +14,7 @@ from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import processed_logprobs, token_logprobs
 from quire.sampling.ranking import top_tokens
 from quire.sampling.state import SamplingState
+from quire.sampling_params import SamplingParams
 from quire.step import BeamCandidates, TokenLogprobs, logprob_bytes
 
 NO_TOKEN = -1
@@ -179,14 +180,26 @@ def _find_candidates(scores: Tensor, num_candidates: Sequence[int]) -> list[Beam
 def _explain(state: SamplingState, failure: str | None, max_logit: float) -> str:
     """Why nothing can be sampled from a row. `failure` is that of a logits processor."""
     grammar_error = state.grammar.error if state.grammar is not None else None
-    return failure or grammar_error or explain_max_logit(max_logit)
+    return failure or grammar_error or explain_max_logit(max_logit, state.params)
 
 
-def explain_max_logit(max_logit: float) -> str:
+def explain_max_logit(max_logit: float, params: SamplingParams) -> str:
     """Why nothing can be sampled from a row with this highest logit, which is not finite."""
     if max_logit == -inf:
-        return (
-            f"{NO_TOKEN_LEFT}: every logit is −inf after structured_outputs, allowed_token_ids, bad_words and "
-            "min_tokens"
-        )
+        fields = _excluding_fields(params)
+        if not fields:
+            return f"{NO_TOKEN_LEFT}: every logit is −inf"
+        return f"{NO_TOKEN_LEFT}: {' and '.join(fields)} forbid all; leave one of them out"
     return f"the model's logits hold {'NaN' if isnan(max_logit) else '+inf'}; the sequence cannot go on"
+
+
+def _excluding_fields(params: SamplingParams) -> list[str]:
+    """The fields of the request that forbid tokens."""
+    constraint = params.structured_outputs
+    fields = {
+        "structured_outputs" if constraint is None else constraint.asked_as: constraint is not None,
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": bool(params.bad_words),
+        "min_tokens": params.min_tokens > 0,
+    }
+    return [name for name, is_set in fields.items() if is_set]

@@ -1,7 +1,7 @@
 """EncodingBudget: how much of an image a step encodes beside sequences that decode, by the times of late steps.
 
-A client that reads a stream waits for whole steps. So the time that encoding adds to a step is a share of what the step would
-take without it. Both times are measured: a step in `_EVERY` encodes nothing.
+A client that reads a stream waits for whole steps. So the time that encoding adds to a step is a share of what the step
+would take without it. Both times are measured: a step in `_EVERY` encodes nothing.
 """
 
 from collections import deque
@@ -40,14 +40,14 @@ class EncodingBudget:
         tokens, seconds = map(sum, zip(*self._encoding, strict=True))
         return min(self._most, SHARE * _median(self._alone) * tokens / seconds)
 
-    def measure(self, num_encoded: float, seconds: float) -> None:
-        """Record a step that decoded, encoded so much, and did nothing else."""
+    def measure(self, num_encoded: float, seconds: float, *, only_decodes: bool) -> None:
+        """Record a step that encoded so much; `only_decodes`: it computed one token of each sequence besides."""
+        self._num_since = self._num_since + 1 if num_encoded else 0
+        if not only_decodes:
+            return
         if not num_encoded:
             self._alone.append(seconds)
-            self._num_since = 0
-            return
-        self._num_since += 1
-        if self._alone:
+        elif self._alone:
             alone = _median(self._alone)
             # Noise may make a step with encoding the faster one; what it adds counts for a little at least.
             self._encoding.append((num_encoded, max(seconds - alone, alone / 20)))

@@ -68,8 +68,10 @@ class ImageEncoding:
 
     def measure(self, plan: StepPlan, seconds: float) -> None:
         """Record how long a step took."""
-        if self._max_kept_tokens and plan.rows and len(plan.token_ids) == len(plan.sample_rows):
-            self._budget.measure(0.0 if plan.images is None else plan.images.num_encoded, seconds)
+        if self._max_kept_tokens and plan.rows:
+            only_decodes = len(plan.token_ids) == len(plan.sample_rows)
+            num_encoded = 0.0 if plan.images is None else plan.images.num_encoded
+            self._budget.measure(num_encoded, seconds, only_decodes=only_decodes)
 
     def roll_back(self, plan: StepPlan) -> None:
         """How far the runner came with the images of the plan is not known: count on none of them."""

@@ -7,6 +7,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.states import StatePool
 from quire.kv_cache.tiers import TierIndex
 from quire.scheduler.admission import Admission
+from quire.scheduler.background_pace import BackgroundPace
 from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.demand import Demand
 from quire.scheduler.draft_planner import DraftPlanner
@@ -44,6 +45,7 @@ class SchedulerParts:
     admission: Admission
     images: ImageEncoding
     planner: StepPlanner
+    pace: BackgroundPace
     look_ahead: LookAhead
     offload: BlockOffload | None
     """None without tiers."""
@@ -96,7 +98,7 @@ def make_parts(
             watermark=watermark,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-    images = ImageEncoding(limits)
+    images, pace = ImageEncoding(limits), BackgroundPace(clock)
     return SchedulerParts(
         totals=totals,
         prefixes=prefixes,
@@ -107,7 +109,10 @@ def make_parts(
         results=ResultProcessor(pool, queues, lookup, offload, prefixes, totals),
         admission=admission,
         images=images,
-        planner=StepPlanner(pool, queues, admission, offload, drafting, images, whole_prompts=limits.whole_prompts),
+        planner=StepPlanner(
+            pool, queues, admission, offload, drafting, images, pace, whole_prompts=limits.whole_prompts
+        ),
+        pace=pace,
         look_ahead=LookAhead(pool, queues),
         offload=offload,
         drafting=drafting,

@@ -34,6 +34,8 @@ class RequestQueues:
     ) -> None:
         """`lengths` and `rules` are notified when groups start, are preempted or end."""
         self.by_id: dict[str, SequenceGroup] = {}
+        self.num_background = 0
+        """Requests of the background among them."""
         self.waiting = waiting
         self.running: list[SequenceGroup] = []
         """Groups with memory, sorted by `order`: the last one is preempted first."""
@@ -57,6 +59,7 @@ class RequestQueues:
     def enter(self, group: SequenceGroup) -> None:
         """Add a new request; it waits."""
         self.by_id[group.request.request_id] = group
+        self.num_background += group.is_background
         self._lengths.enter(group)
         self.waiting.enter(group)
 
@@ -64,6 +67,11 @@ class RequestQueues:
     def clients_wait(self) -> bool:
         """Whether a request that is not of the background has no first token."""
         return any(group.awaits_first_token for group in self.by_id.values())
+
+    @property
+    def only_background_waits(self) -> bool:
+        """Whether the background may run, and is there."""
+        return bool(self.num_background) and not self.clients_wait
 
     def start(self, group: SequenceGroup) -> None:
         """Run a group that was taken from `waiting`: it gets its rows."""
@@ -157,6 +165,7 @@ class RequestQueues:
             for spare in group.idle_beams:
                 self._release(spare)
             del self.by_id[group.request.request_id]
+            self.num_background -= group.is_background
             self._prefixes.cancel(group.request.request_id)
             self.waiting.remove(group)
             self._stop_running(group)

@@ -285,6 +285,7 @@ class Scheduler:
         # A step that was launched ahead began when the step before it ended.
         self._parts.images.measure(plan, now - (self._updated_at if self._in_flight else self.pool.now))
         self._updated_at = now
+        self._parts.pace.end()
         if self._states is not None:
             self._states.commit()
         self._max_step_tokens = min(

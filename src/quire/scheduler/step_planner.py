@@ -9,7 +9,7 @@ The rules, in their order:
    one request take their tokens together: a beam that lacks one token waits for beams that lack more.
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
    A prompt whose next image exceeds what a step encodes is computed up to it (`image_encoding`).
-4. Requests of the background run while no client waits for a first token.
+4. Requests of the background run while no client waits for a first token, in short steps (`background_pace`).
 5. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: no group is
    preempted for them, and rejected drafts are rolled back when the step ends.
 """
@@ -19,6 +19,7 @@ from collections.abc import Sequence as SequenceOf
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler.admission import Admission
+from quire.scheduler.background_pace import BackgroundPace
 from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.decode_batch import DecodeStep
 from quire.scheduler.drafting import Drafting
@@ -39,10 +40,12 @@ class StepPlanner:
         offload: BlockOffload | None,
         drafting: Drafting | None,
         images: ImageEncoding,
+        pace: BackgroundPace,
         *,
         whole_prompts: bool = False,
     ) -> None:
         """`whole_prompts`: a prompt is computed in one step."""
+        self._pace = pace
         self._whole_prompts = whole_prompts
         self._pool = pool
         self._queues = queues
@@ -66,10 +69,14 @@ class StepPlanner:
         excluded = offload.waiting if offload is not None else ending
         if may_preempt:
             self._stop_background()
+        paced = queues.only_background_waits and not self._whole_prompts
+        limit = max_tokens
         while True:
             preempted = self._make_room(excluded) if may_preempt else False
             decode_step, prefilling = self._plan_decoding(plan, excluded)
             num_decoding = len(plan.rows)
+            if paced:
+                limit = num_decoding + self._pace.bound(max_tokens - num_decoding)
             resuming = [sequence for sequence in prefilling if sequence.group.looks_for_blocks(sequence)]
             if resuming:
                 prefilling = [sequence for sequence in prefilling if not sequence.group.looks_for_blocks(sequence)]
@@ -77,9 +84,9 @@ class StepPlanner:
             if not preempted and resuming:
                 started = self._admission.resume(plan, resuming, prefilling)
             if not preempted and len(queues.waiting):
-                started = self._admission.admit(plan, prefilling, max_tokens) or started
+                started = self._admission.admit(plan, prefilling, limit) or started
             if prefilling:
-                self._plan_prefilling(plan, prefilling, max_tokens - plan.num_tokens)
+                self._plan_prefilling(plan, prefilling, limit - plan.num_tokens)
             if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
                 self._drafting.extend(plan)
             if plan.rows or not queues.running or (offload is not None and offload.has_loads) or not may_preempt:
@@ -87,6 +94,8 @@ class StepPlanner:
             if not started:
                 # Prompts hold all blocks and none can go on: the last one makes room for the others.
                 queues.preempt(queues.running[-1])
+        if paced and plan.num_tokens > num_decoding:
+            self._pace.begin(plan.num_tokens - num_decoding)
         plan.batch_id = self._batch_ids.of(plan, decode_step, num_decoding)
         self._images.finish(plan)
         return decode_step

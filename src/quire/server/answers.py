@@ -24,7 +24,7 @@ from quire.server.handover import MOVED, STREAM_HEADER, PromptBlocks, block_hash
 from quire.server.protocol import StreamOptions
 from quire.server.replies import Usage
 from quire.server.streaming import DONE, EVENT_STREAM, StreamForm
-from quire.server.tools.events import Event, Message, PlainReader, Reader, ToolCallBegin
+from quire.server.tools.events import Event, Message, PlainReader, Reader, TextDelta, ToolCallBegin
 
 _encode = msgspec.json.Encoder().encode
 
@@ -74,13 +74,22 @@ class Choice:
     def read(self, delta: CompletionOutput) -> None:
         """Set `events` to those of `delta`."""
         self.events = self.reader.read(delta.text, delta.token_ids, finished=delta.finished)
-        self.calls_tools = self.calls_tools or any(isinstance(event, ToolCallBegin) for event in self.events)
+        for event in self.events:
+            if type(event) is ToolCallBegin:
+                self.calls_tools = True
 
     def keep(self, delta: CompletionOutput) -> None:
         """Add `delta` and its events to `sample` and `message`."""
         self.sample.extend(delta)
         for event in self.events:
             self.message.add(event)
+
+    def only_text(self, delta: CompletionOutput) -> str | None:
+        """The text of `delta` if it adds nothing else, as nearly every delta does; else None."""
+        if delta.finish_reason is not None or len(self.events) != 1:
+            return None
+        (event,) = self.events
+        return event.text if type(event) is TextDelta else None
 
     def finish_reason(self, delta: CompletionOutput) -> str | None:
         """The finish reason in `delta`; "tool_calls" for a reply that stopped by itself and calls a tool."""
@@ -182,7 +191,6 @@ class Answer:
             async for prompt_index, output in outputs:
                 self.usage.add(prompt_index, output)
                 events = self._events(prompt_index, output)
-                self._num_finished += sum(delta.finished for delta in output.outputs)
                 if prompt_index in replayed:  # the first output of the prompt, which the client has
                     replayed.remove(prompt_index)
                     continue
@@ -219,6 +227,7 @@ class Answer:
                 choice = self._open(index, prompt_index, output)
                 events += self.renderer.opening(choice, self.usage)
             choice.read(delta)
+            self._num_finished += delta.finished
             if choice.events or delta.finished or delta.logprobs or self.every_token:
                 events.append(self.renderer.delta(choice, delta, self.usage))
                 choice.num_events += 1

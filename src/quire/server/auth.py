@@ -11,8 +11,9 @@ from quire.server.settings import ServerSettings
 Headers = list[tuple[bytes, bytes]]
 
 DEFAULT_ORIGINS = re.compile(
-    r"https?://(?:localhost|[\w-]+\.localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?"
+    r"https?://(?:localhost|[\w-]+\.localhost|127(?:\.\d{1,3}){3}|0\.0\.0\.0|\[::1\])(?::\d{1,5})?"
     r"|(?:app|file|tauri|vscode-[a-z]+)://[\w.:-]*"
+    r"|(?:capacitor|electron|ionic)://(?:localhost|-)"
 )
 """Origins that may always call: pages of this machine, and programs, whose origins no web site can have."""
 _JSON = b"application/json"

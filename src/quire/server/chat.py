@@ -1,7 +1,7 @@
 """/v1/chat/completions: from messages to the assistant's next message, whole or as a stream."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
 
@@ -9,6 +9,7 @@ from quire.outputs import CompletionOutput
 from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
 from quire.server.chat_turn import chat_turn
 from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.event_frame import GAP, EventFrame
 from quire.server.generation import UsageCounter
 from quire.server.logprobs import LogprobFormat, prompt_logprobs
 from quire.server.protocol import ChatCompletionRequest, StreamOptions
@@ -59,6 +60,20 @@ class ChatRenderer(Renderer):
     logprobs: LogprobFormat
     echo: str
     """Text in front of every choice."""
+    _frames: dict[int, EventFrame] = field(default_factory=dict, init=False)
+    """By choice: an event that adds a text and nothing else."""
+
+    @property
+    def _only_texts_vary(self) -> bool:
+        request = self.request
+        return not (request.logprobs or request.return_token_ids or self.options.continuous_usage_stats)
+
+    def _frame(self, choice: Choice, usage: UsageCounter) -> EventFrame:
+        frame = self._frames.get(choice.index)
+        if frame is None:
+            chunk = self._chunk([ChatChunkChoice(choice.index, Delta(content=GAP))], usage)
+            frame = self._frames[choice.index] = EventFrame(sse(chunk))
+        return frame
 
     def opening(self, choice: Choice, usage: UsageCounter) -> Sequence[bytes]:
         chunk = self._chunk([ChatChunkChoice(choice.index, Delta(role="assistant", content=self.echo))], usage)
@@ -67,6 +82,8 @@ class ChatRenderer(Renderer):
         return (sse(chunk),)
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
+        if self._only_texts_vary and (text := choice.only_text(delta)) is not None:
+            return self._frame(choice, usage).fill(text)
         parts = _deltas(choice.events)
         if not parts:
             parts = [Delta() if delta.finished else Delta(content="")]

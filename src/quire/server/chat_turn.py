@@ -4,8 +4,8 @@ Every endpoint that continues a conversation builds a `ChatCompletionRequest`, m
 `Answer` in its own words. Only this file brings template, tools, constraint and reader together.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile
 from typing import NamedTuple
@@ -39,6 +39,10 @@ class ChatTurn:
     generation: Generation
     reader: Callable[[], Reader]
     """Makes the reader of each choice; see `Answer.reader`."""
+
+    def named(self, names: Mapping[str, str]) -> "ChatTurn":
+        """See `Generation.named`."""
+        return replace(self, generation=self.generation.named(names))
 
 
 async def fitting_turn(
@@ -79,6 +83,7 @@ async def chat_prompt(
         [text if expander is None else expander.expand_text(text, images)],
         add_special_tokens=request.add_special_tokens or False,
         max_tokens=max_tokens,
+        param="messages",
     )
     return ChatPrompt(text, token_ids if expander is None else expander.locate(text, token_ids, images))
 
@@ -97,10 +102,11 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, 
     room = engine.max_model_len - len(prompts[0])
     if clips_output and params.max_tokens is not None and 0 < room < params.max_tokens:
         params = params.with_changes(max_tokens=room)
-    with naming(sent_names(request)):
+    names = sent_names(request)
+    with naming(names):
         check_lengths(prompts, params, engine.max_model_len, param="messages")
     params, reader = _read_as(reply_format(context), request, params, use, text)
-    return ChatTurn(Generation(prompts, params, scheduling_info(request, context)), reader)
+    return ChatTurn(Generation(prompts, params, scheduling_info(request, context), sent_names=names), reader)
 
 
 def reply_format(context: RequestContext) -> ReplyFormat:

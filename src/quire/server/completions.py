@@ -7,6 +7,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.outputs import CompletionOutput, PositionLogprobs
 from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
 from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.event_frame import GAP, EventFrame
 from quire.server.fill_in import checked_marks, fill_in_prompt
 from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
@@ -16,7 +17,7 @@ from quire.server.prompts import longest_prompt, split_prompts, tokenize, trunca
 from quire.server.protocol import CompletionRequest, StreamOptions
 from quire.server.replies import Completion, CompletionChoice, CompletionLogprobs
 from quire.server.scheduling_info import scheduling_info
-from quire.server.text_offsets import TextOffsets
+from quire.server.text_offsets import TextOffsets, begun_character
 
 
 async def create_completion(context: RequestContext) -> None:
@@ -60,7 +61,8 @@ async def completion_generation(
         check_work([request.suffix], 1, context.settings, param="suffix")
         marks = checked_marks(tokenizer, "suffix")
         params = params.with_changes(stop_token_ids=(*params.stop_token_ids, *marks.stop_token_ids))
-        *prefixes, suffix = await tokenize(tokenizer, [*prompts, request.suffix], add_special_tokens=False)
+        texts, longest = [*prompts, request.suffix], longest_prompt(params, max_model_len)
+        *prefixes, suffix = await tokenize(tokenizer, texts, add_special_tokens=False, max_tokens=longest)
         token_ids = [fill_in_prompt(tokenizer, marks, prefix, suffix, []) for prefix in prefixes]
     else:
         special = request.add_special_tokens is not False
@@ -91,6 +93,25 @@ class CompletionRenderer(Renderer):
     skip_special_tokens: bool
     _progress: dict[int, "_Progress"] = field(default_factory=dict, init=False)
     """By choice."""
+    _frames: dict[int, EventFrame] = field(default_factory=dict, init=False)
+    """By choice: an event that adds a text and nothing else."""
+
+    @property
+    def _only_texts_vary(self) -> bool:
+        request = self.request
+        return (
+            request.logprobs is None
+            and not (request.return_token_ids or self.options.continuous_usage_stats)
+            and not self.drops_output
+        )
+
+    def _frame(self, choice: Choice, usage: UsageCounter) -> EventFrame:
+        frame = self._frames.get(choice.index)
+        if frame is None:
+            chunk = self._reply([CompletionChoice(choice.index, GAP)])
+            chunk.usage = event_usage(self.options, usage)
+            frame = self._frames[choice.index] = EventFrame(sse(chunk))
+        return frame
 
     @property
     def drops_output(self) -> bool:
@@ -101,6 +122,8 @@ class CompletionRenderer(Renderer):
         return ()
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
+        if choice.num_events and self._only_texts_vary and (text := choice.only_text(delta)) is not None:
+            return self._frame(choice, usage).fill(text)
         chunk = self._reply([self._choice(choice, delta, opens=not choice.num_events)])
         chunk.usage = event_usage(self.options, usage)
         return sse(chunk)
@@ -136,12 +159,16 @@ class CompletionRenderer(Renderer):
         return reply
 
     def _prompt_text(self, choice: Choice) -> str:
-        """The prompt as the client sent it; decoded if it was sent as tokens or was truncated."""
+        """The prompt as the client sent it; decoded if it was sent as tokens or was truncated. A character that it
+        begins and does not end is part of the output, if the client wants any."""
         sent = self.prompts[choice.prompt_index]
         if isinstance(sent, str) and self.request.truncate_prompt_tokens is None:
             return sent
         assert self.tokenizer is not None
-        return self.tokenizer.decode(choice.prompt.prompt_token_ids, skip_special_tokens=False)
+        token_ids = choice.prompt.prompt_token_ids
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        num_begun = 0 if self.drops_output else len(begun_character(self.tokenizer, token_ids))
+        return text[: len(text) - num_begun]
 
     def _logprobs(self, choice: Choice, delta: CompletionOutput, text: str, *, opens: bool) -> CompletionLogprobs:
         """The `logprobs` of an event with `text`, or of the whole choice."""

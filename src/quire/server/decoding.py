@@ -27,11 +27,11 @@ def decode_json(body: bytes, body_type: type[T]) -> T:
         try:
             return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
         except msgspec.ValidationError as error:
-            relaxed = relax(_read(body, error), inspect.type_info(body_type))
+            relaxed = relax(_read(body, error), _type_info(body_type))  # type: ignore[arg-type]
             return msgspec.convert(relaxed, body_type, strict=False)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
-        name = place.strip(".`")
+        name = place.replace("[...]", "").strip(".`")  # a value of an object with any names
         raise Refusal(400, f"{name or 'the body'}: {reason}", code="invalid_type", param=name or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -69,8 +69,8 @@ def unknown_fields(body: bytes, body_type: type) -> list[str]:
     """Fields of `body`, a valid body of `body_type`, that the type does not have and that are not null. A field of a
     nested object is written as a path."""
     found: list[str] = []
-    _find_unknown(body, inspect.type_info(body_type), "", found)
-    return found[:MAX_UNKNOWN]
+    _find_unknown(body, _type_info(body_type), "", found)
+    return found
 
 
 @lru_cache(maxsize=512)
@@ -81,7 +81,7 @@ def nearest_field(name: str, body_type: type) -> str | None:
 
 
 def _names(body_type: type) -> list[str]:
-    kind = inspect.type_info(body_type)
+    kind = _type_info(body_type)
     return [field.encode_name for field in kind.fields] if isinstance(kind, inspect.StructType) else []
 
 
@@ -97,6 +97,8 @@ def _find_unknown(body: bytes | msgspec.Raw, kind: inspect.Type, path: str, foun
     except msgspec.ValidationError:  # the union's other member
         return
     for name, raw in items.items():
+        if len(found) == MAX_UNKNOWN:  # a body may hold thousands
+            return
         if name in types:
             _find_unknown(raw, types[name], f"{path}{name}.", found)
         elif name != tag and bytes(raw) != b"null":
@@ -119,3 +121,8 @@ def _relax_scalar(value: object, kind: inspect.Type) -> object:
 @lru_cache
 def _decoder(body_type: type) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(body_type, strict=False)
+
+
+@lru_cache
+def _type_info(body_type: type) -> inspect.Type:
+    return inspect.type_info(body_type)  # takes milliseconds for a large type

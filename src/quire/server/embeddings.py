@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from quire.embeddings import EmbeddingRequestOutput, shortened
 from quire.engine.input_processor import Prompt
-from quire.engine.model_task import check_embeds
+from quire.engine.model_task import check_dimensions_of, check_embeds
 from quire.errors import RequestError
 from quire.server.adapters import find_adapter
 from quire.server.endpoint import Endpoint, RequestContext
@@ -79,9 +79,13 @@ async def create_embeddings(context: RequestContext) -> None:
     context.check_ready()
     model = context.check_model(request.model)
     check_embeds(context.engine.model_config)
+    check_dimensions_of(context.engine.model_config, request.dimensions)
     with naming({"prompt": "input"}):
-        prompts = with_prompt(context, split_prompts(request.input), request.prompt_name)
-        token_ids = await input_tokens(context, prompts, special=request.add_special_tokens is not False)
+        inputs = split_prompts(request.input)
+        check_texts(inputs, request.input)
+        prompts = with_prompt(context, inputs, request.prompt_name)
+        special, truncates = request.add_special_tokens is not False, request.truncate_prompt_tokens is not None
+        token_ids = await input_tokens(context, prompts, special=special, truncates=truncates)
         options: dict[str, Any] = {
             "normalize": request.normalize,
             "truncate_prompt_tokens": request.truncate_prompt_tokens,
@@ -91,6 +95,14 @@ async def create_embeddings(context: RequestContext) -> None:
         }
         work = embed_all(context, token_ids, request.dimensions, options)
         await context.reply_when_done(_reply(work, model, as_text=request.encoding_format == "base64"))
+
+
+def check_texts(inputs: Sequence[str | list[int]], given: object) -> None:
+    """Raise `RequestError` for an empty text."""
+    for index, text in enumerate(inputs):
+        if text == "":
+            name = "input" if isinstance(given, str) else f"input[{index}]"
+            raise RequestError(f"{name} is an empty text; give at least one character, or leave it out", param="input")
 
 
 def with_prompt(
@@ -103,14 +115,15 @@ def with_prompt(
 
 
 async def input_tokens(
-    context: RequestContext, prompts: Sequence[str | list[int]], *, special: bool, param: str = "input"
+    context: RequestContext, prompts: Sequence[str | list[int]], *, special: bool, truncates: bool
 ) -> list[list[int]]:
-    """Token ids of the inputs. Raises `RequestError` for too many inputs or characters."""
-    check_count(len(prompts), param)
-    check_work(prompts, 1, context.settings, param=param)
+    """Token ids of the inputs, which `truncates` will cut. Raises `RequestError` for too many inputs or characters."""
+    check_count(len(prompts), "input")
+    check_work(prompts, 1, context.settings, param="input")
     needs_text = any(isinstance(prompt, str) for prompt in prompts)
     tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
-    return await tokenize(tokenizer, prompts, add_special_tokens=special)
+    longest = None if truncates else context.engine.max_model_len
+    return await tokenize(tokenizer, prompts, add_special_tokens=special, max_tokens=longest)
 
 
 def check_count(count: int, param: str) -> None:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 import msgspec
 from starlette.exceptions import HTTPException
 
-from quire.errors import CLIENT_FAULTS, DeadlineError, EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import (
+    CLIENT_FAULTS,
+    NO_TOKEN_LEFT,
+    DeadlineError,
+    EngineUnavailableError,
+    QueueFullError,
+    RequestError,
+)
 
 logger = logging.getLogger("quire.server")
 
@@ -60,7 +67,9 @@ class SampleFailedError(RequestError):
 
     def __init__(self, message: str) -> None:
         by_client = message.startswith(CLIENT_FAULTS)
-        super().__init__(message, code="contradictory_parameters" if by_client else "sample_failed")
+        named = re.match(rf"{NO_TOKEN_LEFT}: (\w+) (?:and|forbid)", message)
+        code = "contradictory_parameters" if by_client else "sample_failed"
+        super().__init__(message, code=code, param=named and named[1])
         self.status = 400 if by_client else 500
 
 

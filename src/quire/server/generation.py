@@ -4,7 +4,7 @@ import asyncio
 from asyncio import Queue, Task
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
@@ -14,7 +14,7 @@ from quire.request import BegunPrompt, SampleProgress
 from quire.sampling_params import SamplingParams
 from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
-from quire.server.errors import SampleFailedError
+from quire.server.errors import SampleFailedError, naming
 from quire.server.key_use import Admission
 from quire.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire.server.scheduling_info import SchedulingInfo
@@ -35,6 +35,13 @@ class Generation:
     """Seconds after which each prompt's request is ended with an error."""
     progress: Mapping[int, SampleProgress] = field(default_factory=dict)
     """Choices that another server began, by index."""
+    sent_names: Mapping[str, str] = field(default_factory=dict)
+    """Names of `params` → the fields in which the client sent them, where these differ. Errors say the latter."""
+
+    def named(self, names: Mapping[str, str]) -> "Generation":
+        """The same for an endpoint that calls the fields `names`, by our names or by those that a chat sends."""
+        sent = {ours: names.get(name, name) for ours, name in self.sent_names.items()}
+        return replace(self, sent_names={**names, **sent})
 
     @property
     def num_choices(self) -> int:
@@ -49,10 +56,11 @@ class Generation:
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
             streams = [self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
-                async for index, output in items:
-                    for sample in output.outputs:
-                        _check(sample, is_only=self.num_choices == 1)
-                    yield index, output
+                with naming(self.sent_names):
+                    async for index, output in items:
+                        for sample in output.outputs:
+                            _check(sample, is_only=self.num_choices == 1)
+                        yield index, output
 
     async def _with_bad_words(self, engine: Engine) -> SamplingParams:
         """The parameters with the tokens of their bad words, found once for all prompts."""
@@ -117,14 +125,17 @@ class RequestWatch:
     def note(self, output: RequestOutput) -> int:
         """Count a new output, and return the number of its tokens. Tokens that arrive together share the time since
         the previous ones."""
-        num_new = sum(len(sample.token_ids) for sample in output.outputs)
+        num_new = 0
+        for sample in output.outputs:  # usually one: loops are cheaper than sums
+            num_new += len(sample.token_ids)
+            if sample.finish_reason is not None:
+                self.finish_reasons.append(sample.finish_reason)
         now = output.metrics.last_token_time if output.metrics is not None else None
         if num_new and now is not None:
             if self.last_token_time:
                 self.metrics.observe_token_gap((now - self.last_token_time) / -(-num_new // self.params.n))
             self.last_token_time = now
         self.num_tokens += num_new
-        self.finish_reasons += [sample.finish_reason for sample in output.outputs if sample.finish_reason is not None]
         self.last = output
         return num_new
 
@@ -172,7 +183,8 @@ class UsageCounter:
         self.prompt_tokens[prompt_index] = len(output.prompt_token_ids)
         self.cached_tokens[prompt_index] = output.num_cached_tokens
         if self.counts_output:
-            self.completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+            for sample in output.outputs:
+                self.completion_tokens += len(sample.token_ids)
 
     def usage(self) -> Usage:
         """The tokens counted so far, as OpenAI's object."""

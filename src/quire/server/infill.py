@@ -131,7 +131,7 @@ async def infill(context: RequestContext) -> None:
     )
     with naming(_NAMES):
         generation = await completion_generation(context, completion, [prompt], clips_output=True)
-    await Answer(generation, InfillRenderer(model)).send(context, stream=bool(request.stream))
+    await Answer(generation.named(_NAMES), InfillRenderer(model)).send(context, stream=bool(request.stream))
 
 
 ENDPOINTS = (

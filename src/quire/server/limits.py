@@ -4,6 +4,7 @@ Every limit is checked before the data is buffered, tokenised or queued.
 """
 
 import asyncio
+import codecs
 import zlib
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ MAX_VALUES = 250_000
 MAX_ESCAPES = 500_000
 """Most backslashes in a body."""
 MAX_LISTS = 50_000
+MAX_OBJECTS = 20_000
 MAX_STRINGS = 30_000
 """Most texts in a body, names of fields included."""
 MIN_BODY_RATE = 8192
@@ -66,7 +68,8 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
             break
     if inflate is not None and not inflate.eof:
         raise Refusal(400, "the compressed body ends early", code="invalid_encoding")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    return body.removeprefix(codecs.BOM_UTF8)
 
 
 def _check_content_type(value: bytes) -> None:
@@ -118,10 +121,12 @@ def check_shape(body: bytes) -> None:
     if b"\\" in body:
         body = body.replace(rb"\\", b"").replace(rb"\"", b"")  # every quote that is left begins or ends a text
     _check_number("texts", body.count(b'"') // 2, MAX_STRINGS)
-    if body.count(b",") > MAX_VALUES or body.count(b"[") > MAX_LISTS:
+    counts = ((b",", MAX_VALUES), (b"[", MAX_LISTS), (b"{", MAX_OBJECTS))
+    if any(body.count(mark) > most for mark, most in counts):
         body = b"".join(body.split(b'"')[::2])
         _check_number("commas", body.count(b","), MAX_VALUES)
         _check_number("lists", body.count(b"["), MAX_LISTS)
+        _check_number("objects", body.count(b"{"), MAX_OBJECTS)
 
 
 def _check_number(what: str, number: int, most: int) -> None:

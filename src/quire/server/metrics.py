@@ -66,7 +66,9 @@ async def get_metrics(context: RequestContext) -> None:
     accept = dict(context.scope["headers"]).get(b"accept", b"").decode("latin-1")
     if prefers_openmetrics(accept):
         # All names are ones that every Prometheus takes, colons included; the default would replace the colons.
-        body = openmetrics.generate_latest(_Together(parts), escaping=openmetrics.ALLOWUTF8)
+        body = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+            _Together(parts), escaping=openmetrics.ALLOWUTF8
+        )
         await context.reply_bytes(body, _OPENMETRICS_TYPE)
     else:
         await context.reply_bytes(generate_latest(_Together(parts)), _TEXT_TYPE)

@@ -2,6 +2,7 @@
 
 import time
 
+from quire.server.capabilities import capabilities
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.replies import ModelCard, ModelList
 
@@ -29,7 +30,13 @@ def contexts_of(context: RequestContext) -> list[RequestContext]:
 def _card(context: RequestContext, name: str) -> ModelCard:
     engine = context.engine
     base = engine.model_names[0]
-    card = ModelCard(id=name, created=_STARTED, root=base, max_model_len=engine.max_model_len)
+    card = ModelCard(
+        id=name,
+        created=_STARTED,
+        root=base,
+        max_model_len=engine.max_model_len,
+        capabilities=capabilities(context) if engine.state != "loading" else [],
+    )
     if name in engine.adapters:
         card.root, card.parent = name, base
     return card

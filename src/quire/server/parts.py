@@ -105,6 +105,14 @@ class PartList:
                     changes += self.close()
         return changes
 
+    def extend_text(self, text: str) -> Part | None:
+        """Add `text` to the open part if that is a text, and return it; None if there is none, and nothing changes."""
+        part = self.parts[-1] if self._is_open else None
+        if part is None or part.kind is not PartKind.TEXT:
+            return None
+        part.pieces.append(text)
+        return part
+
     def close(self) -> list[Change]:
         """Close the open part, if there is one."""
         if not self._is_open:

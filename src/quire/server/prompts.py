@@ -23,6 +23,8 @@ RESERVED_VARIABLES = frozenset(
 )
 """Template variables that a request sets by fields of its own, not by chat_template_kwargs."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""Values of reasoning_effort in the protocols."""
 _CHARS_PER_MESSAGE = 16
 """Characters whose tokenisation costs as much as the conversion of one message."""
 _INLINE_CHARS = 8192
@@ -52,10 +54,12 @@ async def tokenize(
     *,
     add_special_tokens: bool,
     max_tokens: int | None = None,
+    param: str = "prompt",
 ) -> list[list[int]]:
     """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged and needs no tokenizer.
 
-    Raises `RequestError`, without tokenising, for a text that has more than `max_tokens` tokens for certain.
+    Raises `RequestError`, without tokenising, for a text that has more than `max_tokens` tokens for certain. `param` is
+    the field that the client sent them in.
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if tokenizer is None or not texts:
@@ -66,7 +70,7 @@ async def tokenize(
         raise RequestError(
             f"the prompt has {longest:,} characters, which are more than {max_tokens} tokens, but this model's maximum "
             f"context length is {max_tokens} tokens: the prompt is too long; shorten it or set truncate_prompt_tokens",
-            param="prompt",
+            param=param,
             code="context_length_exceeded",
         )
     encoded = await off_loop(
@@ -125,6 +129,12 @@ def _variables(request: ChatCompletionRequest | TokenizeRequest) -> dict[str, An
     """What `request` sets besides messages, tools and documents. Raises `RequestError` for a name that Quire sets."""
     variables: dict[str, Any] = {}
     if request.reasoning_effort is not None:
+        if request.reasoning_effort not in EFFORTS:
+            raise RequestError(
+                f"reasoning_effort is {brief(request.reasoning_effort)}; there is {', '.join(EFFORTS)}. For a template "
+                "that knows other words, send chat_template_kwargs",
+                param="reasoning_effort",
+            )
         variables["reasoning_effort"] = request.reasoning_effort
         if request.reasoning_effort == "none":
             variables |= {"enable_thinking": False, "thinking": False}

@@ -204,6 +204,8 @@ class ModelCard(Struct):
     created: int
     root: str
     max_model_len: int
+    capabilities: list[str] = []
+    """What it can do, in Ollama's words; empty while it loads."""
     parent: str | None = None
     """The model that an adapter changes."""
     object: Literal["model"] = "model"

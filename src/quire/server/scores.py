@@ -188,8 +188,9 @@ async def classify(context: RequestContext) -> None:
     model, engine = context.check_model(request.model), context.engine
     check_classifies(engine.model_config)
     scorer = Scorer(engine.model_config, context.tokenizer_if_any(), engine.max_model_len)
+    truncates = request.truncate_prompt_tokens is not None
     with naming({"prompt": "input"}):
-        prompts = await input_tokens(context, split_prompts(request.input), special=True)
+        prompts = await input_tokens(context, split_prompts(request.input), special=True, truncates=truncates)
 
         async def reply() -> Classes:
             outputs = await embed_all(context, prompts, None, _options(context, request))

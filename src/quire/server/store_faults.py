@@ -58,9 +58,10 @@ class StoreFailedError(Refusal):
 
     def __init__(self, store: str, cause: Exception) -> None:
         """`store` is the option that names the store, such as --batch-dir."""
+        self.cause = f"the store of {store} failed: {_explain(cause)}"
         super().__init__(
             503,
-            f"the store of {store} failed: {_explain(cause)}; send the request again later",
+            f"{self.cause}; send the request again later",
             code="store_failed",
             headers=((b"retry-after", str(RETRY_SECONDS).encode()),),
         )

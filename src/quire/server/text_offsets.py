@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+from quire.engine.detokenizer import REPLACEMENT
 from quire.engine.tokenizer import Tokenizer
+
+MAX_BYTES = 4
+"""Of a character in UTF-8."""
 
 
 @dataclass(slots=True)
@@ -35,8 +39,7 @@ class TextOffsets:
             else:
                 self._add(self.tokenizer.token_bytes(token_id).removeprefix(blank.encode()))
                 blank = ""
-        self._decoder.reset()
-        self._offset = len(text)
+        self._offset = len(text)  # a character that the prompt begins is counted with the output
         return offsets
 
     def _num_added(self, token_ids: Sequence[int], text: str) -> int:
@@ -59,3 +62,14 @@ class TextOffsets:
 
     def _add(self, data: bytes) -> None:
         self._offset += len(self._decoder.decode(data))
+
+
+def begun_character(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """How a decoded prompt ends if its last bytes begin a character: U+FFFD once, or for each byte; else nothing. A
+    detokenizer shows the whole character as output."""
+    if tokenizer.pieces is None:
+        return ""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(b"".join(map(tokenizer.token_bytes, token_ids[-MAX_BYTES:])))
+    begun = decoder.getstate()[0]
+    return REPLACEMENT * (1 if begun and tokenizer.pieces.byte_level else len(begun))

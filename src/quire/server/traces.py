@@ -44,7 +44,7 @@ class TracedAnswer:
         return None if first is None or last is None else last - first
 
 
-_Read = Callable[[TracedAnswer], object]
+_Read = Callable[[TracedAnswer], Any]
 
 
 def _param(name: str) -> _Read:

@@ -5,10 +5,11 @@ are the non-negative least squares solution for the measured times (Lawson and H
 curve of products is a sum of rises between its points, which keeps it ascending.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from quire.dtypes import DTYPE_BYTES
 from quire.errors import QuireError
 from quire.simulation.devices import Device
 from quire.simulation.model_shapes import ModelShape
@@ -58,9 +59,11 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
     for each, rows in knots.items():
         products[each] = list(zip(rows, accumulate(fitted[each, row] for row in rows), strict=True))
     overheads = {shared: fitted[shared, 0] for shared in _SHARED}
-    read, pair = overheads.pop("read"), overheads.pop("pair")
-    if not read or not pair or any(len(curve) < 2 or not curve[0][1] for curve in products.values()):
+    if any(len(curve) < 2 or not curve[-1][1] for curve in products.values()):
         raise QuireError("the steps' times do not tell what the device can do; let nothing else run, and measure again")
+    products = {each: _without_zeros(curve) for each, curve in products.items()}
+    read = overheads["read"] or _seconds_per_byte(products)
+    pair = overheads["pair"] or _seconds_per_operation(products)
     return Device(
         name=name,
         memory=memory,
@@ -68,8 +71,29 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
         matrix_rate=1 / pair,
         process_memory=process_memory,
         products=products,
-        **overheads,
+        step_overhead=overheads["step_overhead"],
+        layer_overhead=overheads["layer_overhead"],
+        sequence_overhead=overheads["sequence_overhead"],
+        element_time=overheads["element_time"],
+        logit_time=overheads["logit_time"],
     )
+
+
+def _without_zeros(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A curve whose first points came out as 0, because other programs slowed those steps: they take as long as the
+    first point that did not."""
+    least = next(seconds for _, seconds in curve if seconds)
+    return [(rows, seconds or least) for rows, seconds in curve]
+
+
+def _seconds_per_byte(products: Mapping[str, Sequence[tuple[int, float]]]) -> float:
+    """For attention whose rate of reading could not be told from other work: that of reading weights."""
+    return min(curve[0][1] / DTYPE_BYTES.get(each, 1) for each, curve in products.items())
+
+
+def _seconds_per_operation(products: Mapping[str, Sequence[tuple[int, float]]]) -> float:
+    """The same for the rate of computing: that of the widest product."""
+    return min(curve[-1][1] / (2 * curve[-1][0]) for curve in products.values())
 
 
 def _rows_of(steps: Sequence[TimedStep], weight_format: str) -> set[int]:

@@ -101,8 +101,8 @@ class ClusterSimulation:
         self._ttft, self._latency = array("d"), array("d")
         self._num_output = self._num_begun = 0
 
-    def run(self) -> None:
-        """Run until every session has ended."""
+    def run(self, on_progress: Callable[[int], None] | None = None) -> None:
+        """Run until every session has ended. `on_progress` is called with the requests that have ended so far."""
         for when, node in self._cluster.death_times:
             self._at(when, partial(self._kill, node))
         if self._cluster.rolling_update is not None:
@@ -114,6 +114,8 @@ class ClusterSimulation:
             while self._news and self._news[0][0] <= self.now:
                 self._learn(*self._news.popleft())
             event()
+            if on_progress is not None and self._num_events % 256 == 0:
+                on_progress(len(self._ttft) + self._refused)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from quire.errors import ConfigError
 from quire.routing.policies import POLICIES
 
-AGENTS = "agents"
-"""The name of the trace that is made: sessions of agents."""
+AGENTS, GROUPS = "agents", "groups"
+"""The traces that are made: sessions of agents, and groups of prompts that share their beginning."""
+MADE_TRACES = (AGENTS, GROUPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,10 +15,12 @@ class ClusterSettings:
     """Options of a cluster. Raises `ConfigError` for a value out of range."""
 
     cluster: int = 0
-    """Replicas behind a router; 0: one engine without a router. --trace agents makes sessions of agents: --rate and
-    --num-requests then count sessions."""
+    """Replicas behind a router; 0: one engine without a router. --trace agents makes sessions of agents, which
+    --rate and --num-requests then count; --trace groups makes prompts that share their beginning, as in llm-d's
+    benchmark."""
     routing: str = "least-work"
-    """How the router chooses a replica: least-work, round-robin, least-load, sticky or longest-prefix."""
+    """How the router chooses a replica: least-work, round-robin, least-load, sticky or longest-prefix. Give several as
+    least-work,round-robin."""
     event_delay: float = 0.1
     """Seconds until the router knows what a replica has stored or evicted."""
     max_replica_requests: int = 0

@@ -78,6 +78,34 @@ def agent_sessions(shape: AgentShape, num_sessions: int, rate: float, seed: int)
         yield Session(start, tuple(turns))
 
 
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """Prompts of groups that share their beginning, as in llm-d's published benchmark of routing: 150 groups of five
+    prompts, 6,000 shared and 1,200 own tokens, answers of 1,000."""
+
+    num_groups: int = 150
+    prompts_per_group: int = 5
+    shared_tokens: int = 6000
+    own_tokens: int = 1200
+    output_tokens: int = 1000
+
+
+def group_sessions(shape: GroupShape, num_requests: int, rate: float, seed: int) -> Iterator[Session]:
+    """Single requests, `rate` per second at random times: every prompt once in random order, then again."""
+    draw = random.Random(f"groups {seed}")
+    prompts: list[int] = []
+    start = 0.0
+    for number in range(num_requests):
+        start += draw.expovariate(rate)
+        if not prompts:
+            prompts = list(range(shape.num_groups * shape.prompts_per_group))
+            draw.shuffle(prompts)
+        prompt = prompts.pop()
+        group = prompt // shape.prompts_per_group
+        pieces = ((group, shape.shared_tokens), (_FIRST_OWN_ID + prompt, shape.own_tokens))
+        yield Session(start, (Turn(number, 0, pieces, shape.output_tokens),))
+
+
 def trace_sessions(arrivals: Iterable[Arrival], tokens_per_id: int) -> Iterator[Session]:
     """A session of one turn for each row of a trace. Rows without `hash_ids` share nothing."""
     for arrival in arrivals:

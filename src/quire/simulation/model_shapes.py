@@ -151,6 +151,21 @@ _PUBLISHED: dict[str, ModelConfig] = dict(
             ),
         ),
         (
+            "Qwen3-32B",
+            ModelConfig(
+                architecture="Qwen3ForCausalLM",
+                num_layers=64,
+                hidden_size=5120,
+                num_heads=64,
+                num_kv_heads=8,
+                head_dim=128,
+                intermediate_size=25600,
+                vocab_size=151936,
+                max_position_embeddings=40960,
+                rope=RopeConfig(),
+            ),
+        ),
+        (
             "Qwen3-0.6B",
             ModelConfig(
                 architecture="Qwen3ForCausalLM",

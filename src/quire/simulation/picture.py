@@ -1,6 +1,7 @@
-"""Pictures of simulations: one run over time. Needs matplotlib, which comes with the `bench` extra."""
+"""Pictures of simulations: runs over time. Needs matplotlib, which comes with the `bench` extra."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,32 @@ _WASTE = (
 def check_picture(path: Path) -> None:
     """Raise `ConfigError` if no picture could be written to `path`. Call it before a long run."""
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"picture is {path}; its name must end in .png, .svg or .pdf")
+        raise ConfigError(f"plot is {path}; its name must end in .png, .svg or .pdf, or be terminal")
     if not path.parent.is_dir():
-        raise ConfigError(f"picture is {path}, but there is no folder {path.parent}")
+        raise ConfigError(f"plot is {path}, but there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a picture needs matplotlib: pip install 'quire[bench]'")
+        raise ConfigError("a picture needs matplotlib: pip install 'quire-llm[bench]'")
 
 
-def draw_run(figures: dict[str, Any], path: Path) -> None:
-    """Draw batch size and filled slots over time, and the KV memory by kind of use, into `path`."""
+def draw_runs(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw batch sizes over time, and the KV memory of each run by kind of use, into `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    over_time, waste = figure.subplots(1, 2, width_ratios=(3, 1))
-    times = [point["time"] for point in figures["timeline"]]
-    over_time.plot(times, [point["batch"] for point in figures["timeline"]], color="#2a6f97")
-    over_time.set(xlabel="time (s)", ylabel="sequences in the batch", ylim=(0, None))
-    share = over_time.twinx()
-    share.plot(times, [point["token_states_pct"] for point in figures["timeline"]], color="#c8553d", linewidth=0.8)
-    share.set(ylabel="slots with tokens (% of the pool)", ylim=(0, 100))
-    bottom = 0.0
-    for name, label, color in _WASTE:
-        waste.bar([0], [figures[name]], bottom=bottom, color=color, label=label, width=0.5)
-        bottom += figures[name]
-    waste.set(xticks=[], xlim=(-0.5, 2.2), ylabel="KV memory (%)")
+    over_time, waste = figure.subplots(1, 2, width_ratios=(3, 1 + len(runs) / 2))
+    for run in runs:
+        times = [point["time"] for point in run["timeline"]]
+        over_time.plot(times, [point["batch"] for point in run["timeline"]], label=run["policy"], linewidth=1)
+    over_time.set(xlabel="time (s)", ylabel="requests at once", ylim=(0, None))
+    over_time.legend(frameon=False, fontsize=7)
+    for place, run in enumerate(runs):
+        bottom = 0.0
+        for name, label, color in _WASTE:
+            waste.bar([place], [run[name]], bottom=bottom, color=color, label=None if place else label, width=0.5)
+            bottom += run[name]
+    waste.set_xticks(range(len(runs)), [run["policy"] for run in runs], rotation=20, fontsize=7)
+    waste.set(xlim=(-0.5, len(runs) + 1.2), ylabel="KV memory (%)")
     waste.legend(frameon=False, fontsize=7, loc="center right")
-    figure.suptitle(f"{figures['policy']}: {figures['model']} on {figures['num_devices']} × {figures['device']}")
+    first = runs[0]
+    figure.suptitle(f"{first['trace']}: {first['model']} on {first['num_devices']} × {first['device']}")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

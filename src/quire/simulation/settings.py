@@ -20,7 +20,8 @@ class SimulationSettings:
     """
 
     trace: str = ""
-    """File of request lengths (CSV, JSONL, either with .gz), or its name in the traces folder."""
+    """sharegpt, sharegpt-turns, alpaca, mooncake, azure-conv or azure-code, which come with the package; or a file of
+    request lengths (CSV, JSONL, either with .gz), or its name in the traces folder."""
     traces_dir: str = "."
     """Folder in which a trace is looked up by name."""
     model: str = "OPT-13B"
@@ -30,7 +31,8 @@ class SimulationSettings:
     num_devices: int | None = None
     """Devices that share the model (tensor parallel). None takes the smallest power of two that holds the weights."""
     policy: str = "paged"
-    """paged is this engine; orca-max, orca-pow2, orca-oracle and fastertransformer are the paper's baselines."""
+    """paged is this engine; orca-max, orca-pow2, orca-oracle and fastertransformer are the paper's baselines. Give
+    several as paged,orca-max."""
     scheduling_policy: str = "fcfs"
     """Order of admission: fcfs, shortest, fair, as in quire serve; oracle-shortest knows all lengths (paged)."""
     admission: str = "current"

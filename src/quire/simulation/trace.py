@@ -23,6 +23,18 @@ HASH_BLOCK_TOKENS = 512
 MAX_TOKENS = 2**24
 """Most tokens of a prompt or an output: the longest context that a simulation can have."""
 
+TRACES = Path(__file__).parent / "traces"
+"""Folder of the traces that come with the package; its README names sources and licences."""
+BUNDLED_TRACES = {
+    "sharegpt": "sharegpt_papermean.csv.gz",
+    "sharegpt-turns": "sharegpt_turns.csv.gz",
+    "alpaca": "alpaca_like.csv.gz",
+    "mooncake": "mooncake_conversation.jsonl.gz",
+    "azure-conv": "azure_conv.csv.gz",
+    "azure-code": "azure_code.csv.gz",
+}
+"""Name → file in `TRACES`."""
+
 _SUFFIXES = ("", ".csv", ".jsonl", ".jsonl.gz", ".csv.gz")
 _PROMPT = ("prompt_tokens", "input_length", "ContextTokens", "num_prefill_tokens", "Request tokens")
 _OUTPUT = ("output_tokens", "output_length", "GeneratedTokens", "num_decode_tokens", "Response tokens")
@@ -62,7 +74,10 @@ class Trace:
 
 
 def find_trace(name: str, folder: str | Path) -> Path:
-    """The file of a trace: a path, or the beginning of one file's name in `folder`. Raises `ConfigError`."""
+    """The file of a trace: a path, a file's name in `folder` or its beginning, or a trace of the package.
+
+    Raises `ConfigError`, with the names there are.
+    """
     for candidate in (Path(name), *(Path(folder) / f"{name}{suffix}" for suffix in _SUFFIXES)):
         if candidate.is_file():
             return candidate
@@ -70,8 +85,14 @@ def find_trace(name: str, folder: str | Path) -> Path:
     alike = [file for file in known if file.startswith(name)]
     if len(alike) == 1:
         return Path(folder) / alike[0]
-    there = f"; {folder} holds {', '.join(known)}" if known else f"; {folder} holds no trace"
-    raise ConfigError(f"trace is {name!r}, which is no file{there}. Give a path, or the folder as traces_dir")
+    for own_name, file in BUNDLED_TRACES.items():
+        if name in (own_name, file, file.partition(".")[0]):
+            return TRACES / file
+    there = f"; {folder} holds {', '.join(known)}" if known else ""
+    raise ConfigError(
+        f"trace is {name!r}, which is no file and none of {', '.join(BUNDLED_TRACES)}{there}. Give a name, a path, or "
+        "the folder as traces_dir"
+    )
 
 
 def read_trace(path: str | Path) -> Trace:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from quire.cli.commands import run
+from quire.engine.checkpoint import find_model
 from tests.stand_in_hub import MAIN, SECOND, Repository, StandInHub, find, serve, settings_of_the_hub
 
 WEIGHTS = bytes(range(256)) * 64
@@ -131,3 +132,10 @@ def test_pull_checks_what_was_kept(hub: StandInHub, capsys: pytest.CaptureFixtur
     assert "model.safetensors arrived damaged" in capsys.readouterr().err
     assert run(["pull", "org/small"]) == 0
     assert (folder / "model.safetensors").read_bytes() == content(MAIN, "model.safetensors")
+
+
+def test_a_plan_downloads_no_weights(hub: StandInHub) -> None:
+    folder = find_model("org/small", weights=False)
+    assert {path.name for path in folder.iterdir()} == READ - {"model.safetensors"}
+    # To serve it later fetches the rest.
+    assert {path.name for path in Path(find("org/small")).iterdir()} == READ

@@ -177,11 +177,12 @@ export default {
     ];
     const errors = bad.map((values) => {
       try {
-        return requestFields(values);
+        return requestFields(values, ["tools"]);
       } catch (error) {
         return error.message.split(" ")[0];
       }
     });
-    return [errors, requestFields({ n: "2", stop: "a\n\nb", tools: "[]", seed: "" })];
+    const given = { n: "2", stop: "a\n\nb", tools: "[]", seed: "" };
+    return [errors, requestFields(given, ["tools"]), requestFields(given, [])];
   },
 };

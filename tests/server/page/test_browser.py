@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +161,23 @@ def test_parameters_reach_the_engine_and_wrong_ones_are_named(scripted: RunningS
         set_parameters(page, **values)
         ask(page, "Hello", wait=False)
         until(page, lambda words=words: words in page.inner_text(".problem"))
+
+
+def test_only_controls_that_the_model_takes_are_shown(open_page: Any) -> None:
+    engine = ScriptedEngine()
+    with RunningServer(engine) as server:
+        page = open_page(server)
+        page.wait_for_selector("#model option", state="attached")
+        page.click("summary:has-text('Parameters')")
+        page.wait_for_selector("[name=tools]")
+        assert not page.is_visible(".attach")
+        engine.images = SimpleNamespace(max_images=1)  # type: ignore[assignment]  # the page asks whether there is one
+        engine.chat_template = None
+        page.reload()
+        page.wait_for_selector(".attach")
+        page.click("summary:has-text('Parameters')")
+        assert not page.is_visible("[name=tools]")
+        assert page.is_visible("[name=schema]")
 
 
 def test_calls_of_tools_are_shown_and_take_a_result(scripted: RunningServer, open_page: Any) -> None:

@@ -31,6 +31,7 @@ EXPECTED: dict[str, Any] = {
     "wrong parameters are named": [
         ["Answers", "Temperature", "Top-p", "JSON", "JSON", "Tools", "Max"],
         {"n": 2, "stop": ["a", "b"], "tools": []},
+        {"n": 2, "stop": ["a", "b"]},
     ],
 }
 

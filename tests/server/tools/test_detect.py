@@ -5,7 +5,7 @@ import pytest
 from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 from quire.server.tools.detect import find_format
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels, ToolFormat
 
 TEMPLATES = {
     "hermes": '<tool_call>\\n{"name": <function-name>}</tool_call>',
@@ -40,6 +40,17 @@ def test_the_template_tells_the_row(name: str) -> None:
     row = find_format(TEMPLATES[name], None).tools
     assert row is not None
     assert name in row.names
+
+
+@pytest.mark.parametrize("row", [row for row in TOOL_FORMATS if row is not PLAIN_JSON], ids=lambda row: row.names[0])
+def test_no_row_hides_another(row: ToolFormat | Channels) -> None:
+    """A template that holds a row's texts, and those of its reasoning, belongs to that row."""
+    assert row.in_template
+    for group in row.in_template:
+        assert find_format(" ".join(group), None).tools is row
+    for thinking in (each for each in THINKINGS if set(each.names) & set(row.names)):
+        found = find_format(" ".join([*row.in_template[0], thinking.open, thinking.close]), None)
+        assert (found.tools, found.thinking) == (row, thinking)
 
 
 def test_reasoning_is_found_too() -> None:

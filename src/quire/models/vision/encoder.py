@@ -15,7 +15,7 @@ from quire.models.weights import WeightScope
 Pieces = Generator[int, None, Tensor]
 """A computation that pauses after each piece and tells its work in multiplications."""
 
-_ROWS_OF_A_PIECE = 64
+_ROWS_OF_A_PIECE = 16
 """On a CPU: few enough that a piece takes milliseconds, enough that a product runs at full speed."""
 
 

@@ -24,7 +24,9 @@ class Idefics3Encoder:
         merge, side = self.merge, self.side
         squares = features.view(len(tiles), side, merge, side, merge, -1).permute(0, 1, 3, 2, 4, 5)
         return (
-            yield from by_rows(self.projector, squares.reshape(len(tiles) * side * side, -1), num_products(self.projector))
+            yield from by_rows(
+                self.projector, squares.reshape(len(tiles) * side * side, -1), num_products(self.projector)
+            )
         )
 
     def work(self, tiles: Tensor) -> int:

@@ -1,5 +1,7 @@
-"""The image encoders of Qwen2-VL and Qwen2.5-VL: images of any shape, rotary embeddings by row and column. Qwen2.5-VL has
-attention in windows, gated MLPs and RMSNorms; Qwen2-VL attends to the whole image, with plain MLPs and LayerNorms.
+"""The image encoders of Qwen2-VL and Qwen2.5-VL: images of any shape, rotary embeddings by row and column.
+
+Qwen2.5-VL has attention in windows, gated MLPs and RMSNorms; Qwen2-VL attends to the whole image, with plain MLPs and
+LayerNorms.
 
 Patches are kept in groups of merge × merge that become one token, N groups of P patches. Most layers attend within
 windows of groups; windows at the right and lower edges are smaller. Windows of one size are computed as one batch.

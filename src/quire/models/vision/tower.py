@@ -108,7 +108,7 @@ class TowerLayer:
 
     def __call__(self, x: Tensor) -> Pieces:
         """x [B, N, H] -> [B, N, H], a new tensor."""
-        num_tiles, num_rows, width = x.shape
+        num_tiles, num_rows, _ = x.shape
         qkv = yield from by_rows(self._project, x.flatten(0, 1), num_products(self.qkv))
         q, k, v = qkv.view(num_tiles, num_rows, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         size = num_rows_of_a_piece(x.device)

@@ -26,7 +26,7 @@ async def create_message(context: RequestContext) -> None:
     check_absent(request, _REFUSED)
     if hosted := sorted({str(tool.type) for tool in request.tools or () if is_hosted(tool)}):
         context.warn(f"tools of type {', '.join(hosted)} run on Anthropic's servers; they are left out")
-    turn = await _turn(context, request)
+    turn = (await _turn(context, request)).named(SENT_NAMES)
     message = AnthropicMessage(id=context.answer_id("msg_"), model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
     answer = Answer(turn.generation, renderer, reader=turn.reader)

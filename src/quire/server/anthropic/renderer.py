@@ -13,6 +13,7 @@ from quire.outputs import CompletionOutput
 from quire.server.answers import Choice, Renderer, sse
 from quire.server.anthropic.protocol import AnthropicError, AnthropicErrorDetail, AnthropicMessage, MessageUsage
 from quire.server.errors import ErrorForm
+from quire.server.event_frame import GAP, EventFrame
 from quire.server.generation import UsageCounter
 from quire.server.parts import Added, Change, Closed, Opened, Part, PartKind, PartList
 
@@ -43,12 +44,19 @@ class MessageRenderer(Renderer):
     _parts: PartList = field(default_factory=PartList)
     _last: CompletionOutput = field(default_factory=lambda: CompletionOutput(0))
     _stop_reason: str = "end_turn"
+    _frame: tuple[Part, EventFrame] | None = None
+    """A part, and the event that adds a text to it."""
 
     def opening(self, choice: Choice, usage: UsageCounter) -> Sequence[bytes]:
         start = replace(self.message, usage=_usage(usage, num_output=0))
         return [sse({"type": "message_start", "message": start}, "message_start"), PING]
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
+        if (text := choice.only_text(delta)) and (part := self._parts.extend_text(text)):
+            if self._frame is None or self._frame[0] is not part:
+                event = _event("content_block_delta", part, delta=_delta(PartKind.TEXT, GAP))
+                self._frame = (part, EventFrame(event))
+            return self._frame[1].fill(text)
         changes = self._parts.read(choice.events)
         if delta.finished:
             changes += self._parts.close()

@@ -16,7 +16,7 @@ from quire.server.auth import Client
 from quire.server.batches.line_requests import LineRequests
 from quire.server.batches.lines import check_lines, parse_line, read_lines
 from quire.server.batches.objects import ENDED, Batch, BatchErrors, FileObject, LineError, OutputLine
-from quire.server.batches.store import STORE, Answered, BatchStore
+from quire.server.batches.store import Answered, BatchStore
 from quire.server.store_faults import RetryPause, StoreFailedError, store_faults
 
 logger = logging.getLogger("quire.server")
@@ -192,7 +192,7 @@ class Job:
 
     async def _on_disk(self, call: Callable[..., T], *args: Any) -> T:
         """Call what reads files, in a thread. Raises `StoreFailedError`."""
-        with store_faults(STORE):
+        with store_faults(self._store.name):
             return await asyncio.to_thread(call, *args)
 
     def _check_input(self) -> tuple[int, list[LineError]]:

@@ -19,7 +19,7 @@ from quire.server.backend import Engine
 from quire.server.batches.job import Job
 from quire.server.batches.line_requests import LineRequests
 from quire.server.batches.objects import Batch, BatchList, CreateBatch, FileList, FileObject, RequestCounts
-from quire.server.batches.store import STORE, BatchStore
+from quire.server.batches.store import BatchStore
 from quire.server.batches.windows import parse_window
 from quire.server.endpoint import Endpoint
 from quire.server.errors import Refusal
@@ -78,8 +78,8 @@ class BatchService:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        await self._stored(self._store.close)
         self._closed = True
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
         self._thread.shutdown(wait=False)
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class BatchService:
 
     async def on_disk(self, call: Callable[..., T], *args: Any) -> T:
         """Call what reads or writes files, in a thread. Raises `StoreFailedError` for a fault of the disk."""
-        with store_faults(STORE):
+        with store_faults(self._store.name):
             return await asyncio.to_thread(call, *args)
 
     async def add_file(self, file: FileObject, client: Client, partial: Path) -> None:
@@ -208,7 +208,7 @@ class BatchService:
         end of the service."""
         if self._closed:
             raise EngineUnavailableError("the server is shutting down")
-        with store_faults(STORE):
+        with store_faults(self._store.name):
             return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
 

@@ -42,8 +42,10 @@ class Answered(NamedTuple):
 class BatchStore:
     """Use it from one thread at a time."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Opens or makes the store. Raises `ConfigError` if it cannot be used, or another process uses it."""
+    def __init__(self, folder: str | Path, name: str = STORE) -> None:
+        """Opens or makes the store, which errors call `name`. Raises `ConfigError` if it cannot be used, or another
+        process uses it."""
+        self.name = name
         self._folder = Path(folder).expanduser()
         try:
             self._files = self._folder / "files"

@@ -69,7 +69,7 @@ async def _generate(context: RequestContext, request: GenerationFields) -> None:
         await context.reply(renderer.loaded("unload" if request.keep_alive in (0, "0", "0s") else "load"))
         return
     with naming(SENT_NAMES):
-        turn = await _turn(context, request)
+        turn = (await _turn(context, request)).named(SENT_NAMES)
     await Answer(turn.generation, renderer, reader=turn.reader).send(context, stream=request.stream is not False)
 
 
@@ -88,7 +88,9 @@ async def _embed(context: RequestContext, request: EmbedRequest, texts: list[str
     context.check_ready()
     checked_model(context, request.model)
     check_embeds(context.engine.model_config)
-    prompts = await input_tokens(context, with_prompt(context, texts, None), special=True)
+    with naming({"prompt": "input"}):
+        inputs, truncates = with_prompt(context, texts, None), request.truncate is not False
+        prompts = await input_tokens(context, inputs, special=True, truncates=truncates)
     options: dict[str, Any] = {
         "normalize": True,
         "truncate_prompt_tokens": None if request.truncate is False else -1,

@@ -6,10 +6,9 @@ from functools import lru_cache
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
-from quire.server.chat_turn import reply_format
+from quire.server.capabilities import capabilities
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal
-from quire.server.fill_in import find_marks
 from quire.server.models import contexts_of
 from quire.server.ollama.protocol import Details, ModelEntries, ModelEntry, ShownModel, ShowRequest
 from quire.server.ollama.renderer import ERRORS, now
@@ -49,17 +48,10 @@ async def show_model(context: RequestContext) -> None:
     asked = request.model or request.name
     names = (asked, (asked or "").removesuffix(":latest"))
     context = next((own for own in contexts_of(context) if set(names) & set(own.model_names)), context)
-    tokenizer = context.tokenizer_if_any()
+    context.tokenizer_if_any()
     name = checked_model(context, asked)
     engine, config = context.engine, context.engine.model_config
     family = _family(config)
-    capabilities = ["completion", "embedding"] if config.pooling is None else ["embedding"]
-    if config.pooling is None and tokenizer is not None and engine.chat_template is not None:
-        capabilities.append("tools")
-        if reply_format(context).thinking is not None:
-            capabilities.append("thinking")
-    if config.pooling is None and tokenizer is not None and find_marks(tokenizer) is not None:
-        capabilities.append("insert")
     await context.reply(
         ShownModel(
             modelfile=f"FROM {name}\n",
@@ -74,7 +66,7 @@ async def show_model(context: RequestContext) -> None:
                 f"{family}.block_count": config.num_layers,
                 f"{family}.vocab_size": config.vocab_size,
             },
-            capabilities=capabilities,
+            capabilities=capabilities(context),
             modified_at=_STARTED,
         )
     )
@@ -87,7 +79,7 @@ async def get_version(context: RequestContext) -> None:
 async def refuse_to_manage(context: RequestContext) -> None:
     path = context.scope["path"]
     raise Refusal(
-        501, f"{path} is not available: the model is chosen when the server starts (quire serve)", code="not_available"
+        400, f"{path} is not available: the model is chosen when the server starts (quire serve)", code="not_available"
     )
 
 

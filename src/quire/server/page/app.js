@@ -8,11 +8,13 @@ import { Memory } from "./memory.js";
 
 const byId = (id) => document.getElementById(id);
 const VIEWS = {
-  chat: (root) => new Chat(root, () => byId("model").value),
+  chat: (root) => new Chat(root, () => byId("model").value, () => abilities.get(byId("model").value) ?? []),
   memory: (root) => new Memory(root),
   learn: (root) => new Learn(root),
 };
 const views = {};
+/** Model → what it can do. */
+const abilities = new Map();
 let shown = "";
 
 function show() {
@@ -33,6 +35,9 @@ async function listModels() {
   try {
     const { data } = await call("v1/models");
     byId("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
+    for (const { id, capabilities } of data) abilities.set(id, capabilities);
+    views.chat?.showAbilities();
+    if (!data[0]?.capabilities.length) setTimeout(listModels, 1000); // it is still loading
     byId("key-form").hidden = !getKey();
     showBanner("");
   } catch (error) {
@@ -52,6 +57,7 @@ byId("key-form").addEventListener("submit", (event) => {
   setKey(byId("key").value.trim());
   listModels().then(() => views[shown]?.open?.());
 });
+byId("model").addEventListener("change", () => views.chat?.showAbilities());
 addEventListener("hashchange", show);
 show();
 listModels();

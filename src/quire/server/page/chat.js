@@ -1,6 +1,6 @@
 // The chat: streams answers, keeps a tree of messages, and shows what each answer cost and shared.
 
-import { ApiError, call, engineState, events } from "./api.js";
+import { call, engineState, events } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { h, prose, say, short, showBanner } from "./dom.js";
 import { forkTree } from "./forks.js";
@@ -18,9 +18,11 @@ const SILENCE_MS = 1200;
 const MAX_IMAGE_BYTES = 4_000_000;
 
 export class Chat {
-  constructor(root, model) {
+  /** `model` returns the name of the chosen model, `abilities` what it can do. */
+  constructor(root, model, abilities) {
     this.root = root;
     this.model = model;
+    this.abilities = abilities;
     this.conversations = loadConversations();
     this.current = this.conversations[0] ?? new Conversation();
     this.parameters = loadParameters();
@@ -29,7 +31,16 @@ export class Chat {
     this.blockSize = 0;
     this.image = "";
     this.build();
+    this.showAbilities();
     this.render();
+  }
+
+  /** Show the controls for images and tools only if the model takes them. */
+  showAbilities() {
+    const abilities = this.abilities();
+    this.attachLabel.hidden = !abilities.includes("vision");
+    if (this.attachLabel.hidden) this.image = this.file.value = "";
+    this.parameterForm.querySelector("[name=tools]").closest("label").hidden = !abilities.includes("tools");
   }
 
   /** Called when the view is opened. */
@@ -45,6 +56,7 @@ export class Chat {
 
   build() {
     const save = (values) => saveParameters((this.parameters = values));
+    this.parameterForm = parameterForm(this.parameters, save);
     this.list = h("ul", { class: "conversations" });
     this.system = h("textarea", {
       rows: 2,
@@ -92,7 +104,7 @@ export class Chat {
         h("button", { id: "new", onclick: () => this.select(new Conversation()) }, "New conversation"),
         this.list,
         h("details", { open: true }, h("summary", {}, "Forks of this conversation"), this.forks),
-        h("details", {}, h("summary", {}, "Parameters"), parameterForm(this.parameters, save)),
+        h("details", {}, h("summary", {}, "Parameters"), this.parameterForm),
         h(
           "div",
           { class: "row" },
@@ -137,7 +149,7 @@ export class Chat {
     if (this.running || !text.trim()) return;
     let fields;
     try {
-      fields = requestFields(this.parameters);
+      fields = requestFields(this.parameters, this.abilities());
       const message = this.addMessage(text);
       this.input.value = this.image = this.file.value = "";
       this.editing = null;
@@ -160,7 +172,7 @@ export class Chat {
   async retry(node) {
     if (this.running) return;
     try {
-      await this.answer(this.current.nodes.get(node.parent), requestFields(this.parameters));
+      await this.answer(this.current.nodes.get(node.parent), requestFields(this.parameters, this.abilities()));
     } catch (error) {
       this.problem.textContent = error.message;
     }
@@ -223,9 +235,6 @@ export class Chat {
   fail(nodes, error) {
     for (const node of nodes) node.end = "failed";
     this.problem.textContent = error.message;
-    if (error instanceof ApiError && error.status === 400 && /image/i.test(error.message)) {
-      this.attachLabel.hidden = true; // the model takes none
-    }
   }
 
   attach() {

@@ -12,8 +12,9 @@ const NUMBERS = [
   ["presence_penalty", "Presence penalty", -2, 2, 0.1],
 ];
 
-/** The fields of a chat request for the values of the form. Throws an `Error` that names the field at fault. */
-export function requestFields(values) {
+/** The fields of a chat request for the values of the form, for a model with `abilities`. Throws an `Error` that names the
+    field at fault. */
+export function requestFields(values, abilities) {
   const fields = {};
   for (const [name, label, low, high] of NUMBERS) {
     if (values[name] === undefined || values[name] === "") continue;
@@ -25,7 +26,7 @@ export function requestFields(values) {
   if (stop.length) fields.stop = stop;
   const schema = parsed(values.schema, "JSON schema", (value) => typeof value === "object" && !Array.isArray(value));
   if (schema) fields.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
-  const tools = parsed(values.tools, "Tools", Array.isArray);
+  const tools = abilities.includes("tools") ? parsed(values.tools, "Tools", Array.isArray) : null;
   if (tools) fields.tools = tools;
   return fields;
 }

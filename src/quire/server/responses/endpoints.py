@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
@@ -31,12 +33,15 @@ from quire.server.responses.store import StoredResponse
 from quire.server.store_faults import RetryPause, StoreFailedError
 from quire.server.streaming import StreamForm
 
+T = TypeVar("T")
 Save = Callable[[ResponseObject], Awaitable[None]]
 
 _RUNNING = ("queued", "in_progress")
 _MAX_PAGE = 100
 _ATTEMPTS = 6
 """Attempts to keep the end of a response that runs in the background: for a minute."""
+_FEW_ITEMS = 200
+"""Items whose conversion takes no longer than a step of the event loop may take."""
 
 
 async def create_response(context: RequestContext) -> None:
@@ -49,11 +54,11 @@ async def create_response(context: RequestContext) -> None:
     if hosted := sorted({str(tool["type"]) for tool in request.tools or () if is_hosted(tool)}):
         context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; they are left out")
     store, account = context.services.responses, context.client.account
-    items = input_items(request.input)
+    items = await _apart(input_items, request.input)
     history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
     with naming(SENT_NAMES):
-        chat = to_chat(request, [*history, *items])
-        turn = await fitting_turn(context, chat, truncates=request.truncation == "auto")
+        chat = await _apart(partial(to_chat, request), [*history, *items])
+        turn = (await fitting_turn(context, chat, truncates=request.truncation == "auto")).named(SENT_NAMES)
     renderer = ResponseRenderer(_blank(context, request, model, turn), _logprobs(context, request))
     answer = Answer(turn.generation, renderer, reader=turn.reader)
     context.scope["state"]["usage"] = answer.usage
@@ -77,6 +82,12 @@ async def create_response(context: RequestContext) -> None:
         await context.stream(events, answer.stream_form(marked=context.handover is not None))
     else:
         await context.reply_when_done(_whole(context.engine, answer, save))
+
+
+async def _apart(work: Callable[[Any], T], given: Any) -> T:
+    """`work(given)`; of many items in a thread, since it takes a while and the event loop has others to serve."""
+    many = isinstance(given, list) and len(given) > _FEW_ITEMS
+    return await asyncio.to_thread(work, given) if many else work(given)
 
 
 async def get_response(context: RequestContext) -> None:

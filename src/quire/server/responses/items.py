@@ -8,7 +8,9 @@ from typing import Any
 from quire.engine.message_images import is_image
 from quire.errors import RequestError
 from quire.server.protocol import ChatCompletionRequest, JsonSchema, Message, ResponseFormat
+from quire.server.responses.namespaces import flat_tools, joined
 from quire.server.responses.protocol import ResponsesRequest, SamplingFields, TextFormat
+from quire.server.tools.request import check_count
 
 Item = dict[str, Any]
 
@@ -31,7 +33,9 @@ def to_chat(request: ResponsesRequest, history: Iterable[Item]) -> ChatCompletio
     system = [Message(role="system", content=request.instructions)] if request.instructions else []
     passed_on = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
     with_logprobs = bool(request.top_logprobs) or WITH_LOGPROBS in (request.include or ())
-    tools = [_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)]
+    given = list(flat_tools(request.tools or ()))
+    check_count(given)
+    tools = [_tool(tool, place) for place, tool in given if not is_hosted(tool)]
     choice = _tool_choice(request.tool_choice)
     return ChatCompletionRequest(
         model=request.model,
@@ -78,7 +82,8 @@ def to_messages(items: Iterable[Item]) -> list[Message]:
                 else:
                     messages.append(Message(role=role, content=content))
             case {"type": "function_call", "call_id": str(call_id), "name": str(name), "arguments": str(arguments)}:
-                call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+                function = {"name": joined(item.get("namespace"), name), "arguments": arguments}
+                call = {"id": call_id, "type": "function", "function": function}
                 turn = _open_turn(messages) or _new_turn(messages)
                 turn.tool_calls = [*(turn.tool_calls or ()), call]
             case {"type": "function_call_output", "call_id": str(call_id)}:
@@ -153,10 +158,10 @@ def is_hosted(tool: Mapping[str, Any]) -> bool:
     return isinstance(kind, str) and kind.startswith(_HOSTED)
 
 
-def _tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A function, which Responses write flat, as chats write it."""
     if (kind := tool.get("type", "function")) != "function":
-        raise RequestError(f"tools[{index}] is of type {brief(kind)}; only function is supported", param="tools")
+        raise RequestError(f"{place} is of type {brief(kind)}; function and namespace are supported", param="tools")
     if "function" in tool:
         return dict(tool)
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
@@ -164,8 +169,8 @@ def _tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     match choice:
-        case {"type": "function", "name": name}:
-            return {"type": "function", "function": {"name": name}}
+        case {"type": "function", "name": name, **rest}:
+            return {"type": "function", "function": {"name": joined(rest.get("namespace"), name)}}
         case {"type": "allowed_tools", "mode": mode, "tools": tools}:
             return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
     return choice

@@ -11,9 +11,11 @@ from msgspec.structs import replace
 from quire.errors import RequestError
 from quire.outputs import CompletionOutput
 from quire.server.answers import Choice, Renderer, sse
+from quire.server.event_frame import GAP, EventFrame
 from quire.server.generation import UsageCounter
 from quire.server.logprobs import LogprobFormat
 from quire.server.parts import Added, Change, Closed, Opened, Part, PartKind, PartList
+from quire.server.responses.namespaces import split
 from quire.server.responses.protocol import (
     IncompleteDetails,
     InputTokensDetails,
@@ -43,12 +45,16 @@ class ResponseRenderer(Renderer):
     """Log-probabilities of tokens whose text has not been sent."""
     _finish_reason: str | None = None
     _number: int = 0
+    _frame: tuple[Part, EventFrame] | None = None
+    """A part, and the event that adds a text to it."""
 
     def opening(self, choice: Choice, usage: UsageCounter) -> Sequence[bytes]:
         self.response = replace(self.response, status="in_progress")
         return [self._event(f"response.{name}", response=self.response) for name in ("created", "in_progress")]
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
+        if self.logprobs is None and (text := choice.only_text(delta)) and (part := self._parts.extend_text(text)):
+            return self._text_event(part, text)
         self._finish_reason = delta.finish_reason
         self._pending += self._entries(delta)
         changes = self._parts.read(choice.events)
@@ -121,11 +127,22 @@ class ResponseRenderer(Renderer):
                     ),
                 ]
 
+    def _text_event(self, part: Part, text: str) -> bytes:
+        """The event of `Added` for a text without log-probabilities."""
+        if self._frame is None or self._frame[0] is not part:
+            place = {"output_index": part.index, "item_id": self._id(part), "content_index": 0}
+            name = "response.output_text.delta"
+            event = {"type": name, "sequence_number": GAP, **place, "delta": GAP, "logprobs": []}
+            self._frame = (part, EventFrame(sse(event, name)))
+        self._number += 1
+        return self._frame[1].fill(self._number - 1, text)
+
     def _closing(self, part: Part, place: Json) -> list[bytes]:
         place = {**place, "item_id": self._id(part)}
         if part.kind is PartKind.TOOL_CALL:
             name = "response.function_call_arguments.done"
-            return [self._event(name, **place, name=part.name, arguments=part.text)]
+            named = split(part.name, self.response.tools)
+            return [self._event(name, **place, name=named["name"], arguments=part.text)]
         extra: Json = {"logprobs": self._logprobs} if part.kind is PartKind.TEXT else {}
         name = f"response.{_CONTENT[part.kind]}.done"
         done = self._event(name, **place, content_index=0, text=part.text, **extra)
@@ -151,8 +168,8 @@ class ResponseRenderer(Renderer):
             case PartKind.REASONING:
                 return {"type": "reasoning", **head, "summary": [], "content": content}
             case PartKind.TOOL_CALL:
-                call = {"call_id": part.call_id, "name": part.name, "arguments": "" if empty else part.text}
-                return {"type": "function_call", **head, **call}
+                call = {"call_id": part.call_id, "arguments": "" if empty else part.text}
+                return {"type": "function_call", **head, **split(part.name, self.response.tools), **call}
 
     def _content(self, part: Part) -> Json:
         if part.kind is PartKind.REASONING:

@@ -152,7 +152,7 @@ class _TagRules:
         self._body = body
         self._tool = tool
         self._name = name
-        closers = (body.value_close, body.key_open, body.end, form.call[1], form.section[1])
+        closers: tuple[str, ...] = (body.value_close, body.key_open, body.end, form.call[1], form.section[1])
         if body.prefix:
             closers = (body.prefix,)
         self._forbidden = [mark.strip() for mark in closers if mark.strip() and marks.before_token(mark) is None]

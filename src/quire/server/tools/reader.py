@@ -16,7 +16,6 @@ from quire.server.tools.request import ToolUse
 from quire.server.tools.scanner import Scan, Scanner
 from quire.server.tools.sink import NotACallError
 
-
 MAX_FALSE_CALLS = 32
 """Marks of one reply that may open no call. Each may mean that the rest is read twice, so further marks are text."""
 

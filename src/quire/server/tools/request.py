@@ -54,14 +54,19 @@ def read_tools(tools: Sequence[Any] | None, choice: Any, *, parallel: bool | Non
                 param="tool_choice",
             )
         return None
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"tools holds {len(tools)} tools; at most {MAX_TOOLS} are allowed", param="tools")
+    check_count(tools)
     use = ToolUse(tuple(_tool(tool, index) for index, tool in enumerate(tools)), parallel=parallel is not False)
     names = [tool.name for tool in use.tools]
     for name in names:
         if names.count(name) > 1:
             raise RequestError(f"tools holds {name!r} twice; names must differ", param="tools")
     return _choose(use, choice)
+
+
+def check_count(tools: Sequence[Any]) -> None:
+    """Raise `RequestError` for more tools than a request may have."""
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"tools holds {len(tools)} tools; at most {MAX_TOOLS} are allowed", param="tools")
 
 
 def _choose(use: ToolUse, choice: Any) -> ToolUse | None:

@@ -102,8 +102,8 @@ class Scanner:
     def until(self, stops: tuple[str, ...], show: Callable[[str], None], limit: int = 0) -> Scan[str]:
         """Pass on the text before the first of `stops`, piece by piece, and return that stop without reading it.
 
-        Returns "" at the end of the text. With a `limit` it also does so where no stop begins within so many characters;
-        it then looks no further than it must, so that a reply full of false marks takes no more time than another.
+        Returns "" at the end of the text. With a `limit` it also does so where no stop begins within so many
+        characters. It looks no further than that, so that a reply full of false marks takes no longer than another.
         """
         find = re.compile("|".join(re.escape(stop) for stop in sorted(stops, key=len, reverse=True)))
         longest = max(map(len, stops))

@@ -1,0 +1,122 @@
+"""A peer of `benchmarks.embeddings` in its own interpreter, which needs neither Quire nor its dependencies.
+
+Reads lines of JSON, lists of texts as token ids, and answers each with [seconds, CPU seconds, the first vector].
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TokenIds = list[list[int]]
+BATCH = 32
+"""Texts of a batch, the default of sentence-transformers."""
+
+
+def main() -> None:
+    peer, model, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    embed = PEERS[peer](model, threads)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        texts = json.loads(line)
+        started, cpu = time.perf_counter(), time.process_time()
+        vectors = [embed(texts[first : first + BATCH]) for first in range(0, len(texts), BATCH)]
+        seconds = time.perf_counter() - started, time.process_time() - cpu
+        print(json.dumps([*seconds, vectors[0][0].tolist()]), flush=True)
+
+
+def transformers(model: Path, threads: int) -> Callable[[TokenIds], Any]:
+    """Mean pooling of the last hidden states."""
+    import torch
+    from transformers import AutoModel
+
+    torch.set_num_threads(threads)
+    network = AutoModel.from_pretrained(model).eval()
+
+    @torch.inference_mode()
+    def embed(texts: TokenIds) -> Any:
+        ids = torch.tensor(texts)
+        vectors = network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(1)
+        return torch.nn.functional.normalize(vectors)
+
+    return embed
+
+
+def sentence_transformers(model: Path, threads: int) -> Callable[[TokenIds], Any]:
+    """All modules of the folder."""
+    import torch
+    from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
+
+    torch.set_num_threads(threads)
+    modules = SentenceTransformer(str(model), device="cpu")
+
+    @torch.inference_mode()
+    def embed(texts: TokenIds) -> Any:
+        ids = torch.tensor(texts)
+        return modules({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"]
+
+    return embed
+
+
+def onnxruntime(model: Path, threads: int) -> Callable[[TokenIds], Any]:
+    """The export that fastembed runs as well, with mean pooling; `export_onnx` writes it where there is none."""
+    import numpy as np
+    from onnxruntime import InferenceSession, SessionOptions  # type: ignore[import-not-found]
+
+    if not (path := model / "onnx" / "model.onnx").is_file():
+        export_onnx(model, path)
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    session = InferenceSession(str(path), options)
+    names = {entry.name for entry in session.get_inputs()}
+
+    def embed(texts: TokenIds) -> Any:
+        ids = np.array(texts, dtype=np.int64)
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        vectors = session.run(None, {name: array for name, array in given.items() if name in names})[0].mean(1)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    return embed
+
+
+def export_onnx(model: Path, path: Path) -> None:
+    """Write the graph of a model in float32, with any number of texts and tokens."""
+    import torch
+    from transformers import AutoModel
+
+    path.parent.mkdir(exist_ok=True)
+    network = AutoModel.from_pretrained(model, attn_implementation="eager").eval()
+
+    class Hidden(torch.nn.Module):
+        """The last hidden states, from arguments by place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+            return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    ids = torch.ones(2, 9, dtype=torch.int64)
+    axes = {0: "texts", 1: "tokens"}
+    torch.onnx.export(
+        Hidden(),
+        (ids, torch.ones_like(ids)),
+        path,
+        input_names=["input_ids", "attention_mask"],
+        output_names=["last_hidden_state"],
+        dynamic_axes={"input_ids": axes, "attention_mask": axes, "last_hidden_state": axes},
+        dynamo=False,
+    )
+
+
+PEERS = {
+    "transformers": transformers,
+    "sentence-transformers": sentence_transformers,
+    "onnxruntime": onnxruntime,
+}
+
+if __name__ == "__main__":
+    main()
