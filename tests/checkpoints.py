@@ -19,6 +19,7 @@ from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausa
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.dots1 import Dots1Config, Dots1ForCausalLM
 from transformers.models.ernie4_5 import Ernie4_5Config, Ernie4_5ForCausalLM
+from transformers.models.ernie4_5_moe import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
 from transformers.models.falcon import FalconConfig, FalconForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
@@ -127,6 +128,8 @@ _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_v
 
 _MOE: dict[str, Any] = {**_DECODER, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 
+_ERNIE_MOE = {key: value for key, value in _MOE.items() if key not in ("head_dim", "num_experts_per_tok")}
+
 _LATENT: dict[str, Any] = {
     **{key: value for key, value in _DECODER.items() if key != "head_dim"},
     "num_key_value_heads": 4,
@@ -201,6 +204,7 @@ LAYER_KINDS = [
     "granite-moe",
     "phimoe",
     "glm4-moe",
+    "ernie4.5-moe",
     "gpt-oss",
     "deepseek-v2",
     "deepseek-v3",
@@ -381,6 +385,11 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "seed-oss": (SeedOssConfig, SeedOssForCausalLM, _DECODER),
+    "ernie4.5-moe": (
+        Ernie4_5_MoeConfig,
+        Ernie4_5_MoeForCausalLM,
+        {**_ERNIE_MOE, "moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1},
+    ),
     "ernie4.5": (Ernie4_5Config, Ernie4_5ForCausalLM, {**_DECODER, "use_bias": True}),
     "helium": (HeliumConfig, HeliumForCausalLM, {**_DECODER, "head_dim": 16}),
     "cwm": (

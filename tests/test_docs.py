@@ -25,6 +25,7 @@ _SOURCE = re.compile(r"`((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|h|cpp))`")
 FOREIGN_FLAGS = {
     *("cpus", "cpunodebind", "membind", "interleave"),  # docker, numactl
     *("hypothesis-seed",),  # pytest
+    *("pip-args", "extra-index-url", "torch-backend"),  # pipx, pip, uv
     *("option", "repeats", "servers", "num-prompts", "output", "strict", "measure"),  # of scripts, mypy
 }
 

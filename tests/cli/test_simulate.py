@@ -59,6 +59,7 @@ def test_a_picture(ending: str, traces: Path) -> None:
         (["--trace", "made", "--duration", "5"], "set rate in requests per second, or saturate"),
         (["--trace", "made", "--policy", "paged,best"], "policy is 'best'"),
         (["--trace", "madder"], "none of sharegpt, sharegpt-turns, alpaca, mooncake"),
+        (["--trace", "agents"], "trace is agents, which is made for clusters; give the replicas with --cluster N"),
         (["--routing", "sticky"], "routing is an option of a cluster; give its replicas with --cluster N"),
         (["--cluster", "2", "--routing", "sticky,best"], "routing is 'best'; it must be one of"),
         (["--cluster", "2", "--plot", "terminal"], "plot draws the run of one engine"),
@@ -120,10 +121,10 @@ def test_a_cluster_compares_ways_to_route(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_groups_of_prompts_find_their_beginning(tmp_path: Path) -> None:
-    """750 prompts of 150 groups: 160 requests meet some groups again."""
-    file, options = tmp_path / "runs.json", ["--rate", "400", "--num-requests", "160", "--max-model-len", "7264"]
+    """750 prompts of 150 groups: 80 requests meet some groups again."""
+    file, options = tmp_path / "runs.json", ["--rate", "400", "--num-requests", "80", "--max-model-len", "7264"]
     assert run(["simulate", "--cluster", "2", "--trace", "groups", *options, "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
-    assert figures["oracle_hit_pct"] > 20
-    assert figures["of_oracle_pct"] > 60
-    assert figures["finished"] == 160
+    assert figures["oracle_hit_pct"] > 10
+    assert figures["of_oracle_pct"] > 50
+    assert figures["finished"] == 80

@@ -19,7 +19,7 @@ from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import BUNDLED
 
 PROGRAMS = Path(__file__).with_name("programs")
-SECONDS = 600
+SECONDS = 1800
 """Most time of one program. Some clients take a minute to import on a busy machine."""
 _KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE")
 
@@ -94,9 +94,12 @@ def run_program(client: RealClient, url: str, folder: Path | None) -> Results:
             "RESULTS": str(results),
             "QUIRE_TOKENIZER": str(BUNDLED),
         }
-        done = subprocess.run(
-            [*command, str(program)], capture_output=True, text=True, env=environment, cwd=home, timeout=SECONDS
-        )
+        try:
+            done = subprocess.run(
+                [*command, str(program)], capture_output=True, text=True, env=environment, cwd=home, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return dict.fromkeys(client.shows, f"the program has not ended within {SECONDS} s")
         lines = [json.loads(line) for line in results.read_text().splitlines()]
     said = (done.stderr or done.stdout).strip()[-2000:]
     failure = said or f"the program shows nothing; its status is {done.returncode}"

@@ -64,6 +64,9 @@ def possible_answers(prompt: str) -> list[str]:
         calls = [call for call in calls if "get_weather" not in call]
     else:
         calls = [call for call in calls if "final_answer" not in call or len(calls) == 1]
+    if "[[ ## name ## ]]" in prompt:  # DSPy asks for each field under a heading of its own
+        calls = [*(f"[[ ## {name} ## ]]\n{value}\n\n" for name, value in PERSON.items()), "[[ ## completed ## ]]"]
+        return ["".join(calls)]
     return [*calls, *([REPORT] if answered else []), ANSWER, json.dumps(PERSON)]
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from quire.engine import expendable
 from quire.engine.image_reader import ImageReader
 from quire.engine.message_images import base64_bytes, data_url_bytes, local_bytes, take_images
-from quire.errors import RequestError
+from quire.errors import EngineUnavailableError, RequestError
 from quire.model_config import ModelConfig
 from tests.vision_checkpoints import make_vision_checkpoint, random_image
 
@@ -96,6 +97,19 @@ def test_a_process_that_ended_is_replaced(reader: ImageReader) -> None:
     reader.read(saved(random_image(8, 8, 1), "PNG"))
     reader.close()
     assert reader.read(saved(random_image(8, 8, 2), "PNG")).parts
+
+
+def test_a_process_that_does_not_start_is_no_mistake_of_a_client(
+    reader: ImageReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader.close()
+    picture = saved(random_image(8, 8, 3), "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(expendable, "START_SECONDS", 0.0)
+        patch.setattr(reader._process, "_seconds", 1e-3)
+        with pytest.raises(EngineUnavailableError, match="the process that reads images has ended"):
+            reader.read(picture)
+    assert reader.read(picture).parts
 
 
 def test_data_behind_the_pixels_is_not_inflated(reader: ImageReader) -> None:

@@ -1,10 +1,11 @@
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.scheduler.fair_share import MAX_TENANTS, FairShare
+from quire.scheduler.fair_share import MAX_TENANTS, RECENT_SERVICE, FairShare
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
 from tests.scheduler.checked_engine import Engine, new_request
@@ -55,7 +56,40 @@ def test_having_been_away_earns_no_credit() -> None:
         queue.serve("busy", 100.0)
     for number in range(8, 12):
         queue.enter(new_group(number, "new"))
-    assert pop_all(queue, 100.0) == ["busy", "new"] * 4
+    assert pop_all(queue, 100.0) == ["new", "busy"] * 4
+
+
+@pytest.mark.parametrize("length", [5, 30])
+def test_a_light_tenant_starts_in_the_next_step_beside_a_heavy_one(length: int) -> None:
+    """Its first token comes as soon as alone, however long the answers of the heavy one are."""
+    engine = Engine(400, max_num_seqs=4, max_num_batched_tokens=256, policy="fair")
+    groups = engine.scheduler.groups
+    for number in range(20):
+        engine.add(replace(new_request(f"heavy {number}", 9, length), tenant="heavy"))
+    engine.add(replace(new_request("first", 9, 2), tenant="light"))
+    while "first" in groups:  # from now on the heavy one leaves a row free
+        engine.step()
+    for number in range(3):
+        for _ in range(7):
+            engine.step()
+        engine.add(replace(new_request(f"light {number}", 9, 2), tenant="light"))
+        engine.step()
+        assert not groups[f"light {number}"].awaits_first_token
+    while engine.scheduler.has_work:
+        engine.step()
+    assert engine.pool.num_free == 400
+
+
+def test_rows_are_kept_only_beside_others_that_were_seen_lately() -> None:
+    queue = FairShare()
+    heavy = [new_group(number, "heavy") for number in range(9)]
+    assert queue.rows_kept(heavy[0], heavy[1:], 16) == 0
+    queue.serve("light", 1.0)
+    assert queue.rows_kept(heavy[0], heavy[1:8], 16) == 0, "it holds no more than its share"
+    assert queue.rows_kept(heavy[0], heavy[1:], 16) == 2
+    assert queue.rows_kept(new_group(10, "light"), heavy, 16) == 0
+    queue.serve("heavy", RECENT_SERVICE + 2)
+    assert queue.rows_kept(heavy[0], heavy[1:], 16) == 0
 
 
 def test_who_leaves_while_it_waits_is_gone() -> None:

@@ -35,7 +35,7 @@ def request(*spans: tuple[bytes, int, int], num_tokens: int = 100) -> Request:
     )
 
 
-def encoded(plan: StepPlan) -> list[tuple[bytes, int]]:
+def encoded(plan: StepPlan) -> list[tuple[bytes, float]]:
     """(hash, how much is done) of the images that a step works on."""
     return [] if plan.images is None else [(order.content_hash, order.end) for order in plan.images.encoded]
 

@@ -139,7 +139,7 @@ def test_routes_and_methods(server: RunningServer) -> None:
         ("/v1/v1/chat/completions", "use /v1/chat/completions"),
         ("/openai/v1/completions", "use /v1/completions"),
         ("/V1/Completions", "use /v1/completions"),
-        ("/v1", "such as /v1/models"),
+        ("/v1", "is a base URL, not a route; routes are /v1/models"),
         ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
         ("/" + "x" * 5000, "/docs lists them"),
     ):

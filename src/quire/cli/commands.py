@@ -68,7 +68,7 @@ EXAMPLES = {
     "rm": ("rm org/name",),
     "top": ("top --url http://127.0.0.1:8000",),
     "router": ("router --backends http://10.0.0.1:8000,http://10.0.0.2:8000",),
-    "plan": ("plan org/name --device H100", "plan /models/Qwen3-0.6B --measure"),
+    "plan": ("plan org/name --device H100",),
     "completion": (
         "completion bash > ~/.local/share/bash-completion/completions/quire",
         "completion zsh > ~/.zfunc/_quire",
@@ -76,7 +76,7 @@ EXAMPLES = {
     ),
     "bench throughput": ("bench throughput --num-prompts 100 --quantization int8",),
     "bench serve": ("bench serve --base-url http://127.0.0.1:8000 --request-rate 4",),
-    "batch run": ("batch run requests.jsonl --output answers.jsonl",),
+    "batch run": ("batch run requests.jsonl answers.jsonl",),
 }
 """Subcommand → commands that its help shows, without the word quire in front."""
 BENCHMARKS = {
@@ -99,7 +99,7 @@ def make_app() -> App:
         "help_format": "plaintext",
     }
     shown = {**style, "version_flags": ("--version",), "help_epilogue": _examples("")}
-    app = App(name="quire", help=_ABOUT, version=__version__, **shown)
+    app = App(name="quire", help=_ABOUT, version=__version__, suppress_keyboard_interrupt=False, **shown)
     for group, commands in GROUPS.items():
         for name, about in commands.items():
             app.command(f"quire.cli.{name}:{name}", name=name, help=about, group=group, help_epilogue=_examples(name))

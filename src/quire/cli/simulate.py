@@ -85,7 +85,10 @@ def simulate(
 def _run_engines(options: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of each policy, on the same trace and device."""
     policies = str(options.pop("policy", "paged" if options.get("trace") else DEFAULT_POLICIES)).split(",")
-    options.setdefault("trace", DEFAULT_TRACE)
+    if options.setdefault("trace", DEFAULT_TRACE) in MADE_TRACES:
+        raise ConfigError(
+            f"trace is {options['trace']}, which is made for clusters; give the replicas with --cluster N"
+        )
     every = [SimulationSettings(**options, policy=policy.strip()) for policy in policies]
     trace = read_trace(find_trace(every[0].trace, every[0].traces_dir))
     every = [_complete(settings, trace, options) for settings in every]
@@ -106,8 +109,8 @@ def _run_engines(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _complete(settings: SimulationSettings, trace: Trace, given: dict[str, Any]) -> SimulationSettings:
-    """The settings with what the trace asks for and nobody gave: a queue that is always full where it has no arrivals,
-    and a model with a context that holds its requests."""
+    """The settings with defaults that follow from the trace: a queue that is always full where it has no arrivals, and
+    a model with a context that holds its requests."""
     if not trace.has_arrivals and given.keys().isdisjoint(("rate", "saturate", "arrivals", "duration")):
         count = settings.num_requests or min(NUM_SATURATING, len(trace.rows))
         settings = replace(settings, saturate=True, num_requests=count)

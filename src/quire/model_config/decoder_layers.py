@@ -32,6 +32,8 @@ def _layer(config: ModelConfig, window: int, has_experts: bool, recurrent: Recur
     if recurrent is None:
         attention: AttentionSpec | RecurrentSpec = _attention(config, window)
         vectors = (*_norms(config), *_attention_vectors(config), *_attention_biases(config), *_mlp_biases(config, mlp))
+        if has_experts and config.router.kind == "biased_softmax":
+            vectors += (VectorSpec("router.bias", config.num_experts),)
     else:
         attention = _recurrent(config, recurrent)
         vectors = (*_norms(config), *_recurrent_vectors(config, recurrent), *_mlp_biases(config, mlp))

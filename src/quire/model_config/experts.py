@@ -5,7 +5,9 @@ from typing import Literal, TypedDict, get_args
 
 from quire.model_config.config_json import ConfigJson
 
-RouterKind = Literal["softmax_topk", "topk_softmax", "grouped_sigmoid", "grouped_softmax", "sparse_mixer"]
+RouterKind = Literal[
+    "softmax_topk", "biased_softmax", "topk_softmax", "grouped_sigmoid", "grouped_softmax", "sparse_mixer"
+]
 ROUTER_KINDS: tuple[RouterKind, ...] = get_args(RouterKind)
 MLP_TYPES = ("dense", "sparse")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
@@ -98,7 +100,8 @@ def _read_router(config: ConfigJson, num_experts: int, num_active: int) -> Route
 
 def _read_dense_layers(config: ConfigJson, num_layers: int) -> frozenset[int]:
     """Layers that have an MLP in a model with experts: those that `mlp_layer_types` calls dense; else the first
-    `first_k_dense_replace`, those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    `first_k_dense_replace`, those after `moe_layer_end_index`, those of `mlp_only_layers`, and all but every
+    `decoder_sparse_step`-th."""
     kinds = config.value("mlp_layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in MLP_TYPES for kind in kinds):
@@ -106,10 +109,14 @@ def _read_dense_layers(config: ConfigJson, num_layers: int) -> frozenset[int]:
         return frozenset(layer for layer, kind in enumerate(kinds) if kind == "dense")
     first = config.integer("first_k_dense_replace", 0, minimum=0)
     step = config.integer("decoder_sparse_step", 1)
+    last = config.integer("moe_layer_end_index", -1, minimum=-1)
+    last = num_layers - 1 if last == -1 else last
     named = config.value("mlp_only_layers") or []
     if not isinstance(named, list) or not all(type(layer) is int for layer in named):
         raise config.refusal("mlp_only_layers", named, "a list of indices of layers")
-    return frozenset(layer for layer in range(num_layers) if layer < first or layer in named or (layer + 1) % step != 0)
+    return frozenset(
+        layer for layer in range(num_layers) if not first <= layer <= last or layer in named or (layer + 1) % step != 0
+    )
 
 
 def _read_shared_width(config: ConfigJson, expert_width: int) -> int:

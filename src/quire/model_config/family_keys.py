@@ -19,7 +19,7 @@ OPTIONAL_KEYS = frozenset(
         *("embedding_multiplier", "residual_multiplier", "logit_scale", "logits_scaling"),
         *("multi_query", "new_decoder_architecture", "num_ln_in_parallel_attn"),
         *("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step"),
-        *("mlp_layer_types", "relative_attention_num_buckets"),
+        *("mlp_layer_types", "moe_layer_end_index", "relative_attention_num_buckets"),
         *("n_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "mlp_only_layers"),
         *("n_group", "topk_group", "routed_scaling_factor", "router_jitter_noise"),
         *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),

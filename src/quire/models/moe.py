@@ -39,6 +39,8 @@ class MoELlama(Llama):
     layouts: tuple[ExpertNames, ...] = (ExpertNames(), ExpertNames(fused=FUSED))
     """Ways of storing the experts, the published one first."""
     shared = "shared_expert"
+    router_vectors = ""
+    """Where the router's vectors are; empty: with its matrix."""
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
@@ -62,7 +64,7 @@ class MoELlama(Llama):
             logits.append(block.weights.take_linear(f"{self.shared}_gate", (1, config.hidden_size)))
         return Experts(
             block.pack(*logits, quantizes=False),
-            make_router(config, block.weights.scope(names.router)),
+            make_router(config, block.weights.scope(self.router_vectors or names.router)),
             _fused_experts(block, names) if names.fused else _experts(block, names),
             shared=self.make_shared(build, block) if config.shared_expert_intermediate_size else None,
         )

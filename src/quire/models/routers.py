@@ -38,6 +38,22 @@ class SoftmaxTopK:
         return weights, chosen
 
 
+class BiasedSoftmax:
+    """The experts of the largest softmax plus bias, which weigh by the softmax alone, divided by its sum over them
+    (ERNIE 4.5)."""
+
+    def __init__(self, bias: Tensor, num_active: int) -> None:
+        """bias [E] float32 moves the choice only."""
+        self.bias = bias
+        self.num_active = num_active
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        shares = torch.softmax(logits, dim=-1)
+        chosen = (shares + self.bias).topk(self.num_active, dim=-1).indices
+        weights = shares.gather(1, chosen)
+        return weights / weights.sum(-1, keepdim=True), chosen
+
+
 class TopKSoftmax:
     """The experts of the largest logits, weighed by the softmax over these alone (Granite-MoE)."""
 
@@ -160,6 +176,9 @@ def _grouped_sigmoid(config: ModelConfig, weights: WeightScope) -> Router:
 
 _MAKERS: dict[str, Callable[[ModelConfig, WeightScope], Router]] = {
     "softmax_topk": lambda config, _: SoftmaxTopK(config.num_experts_per_token, normalise=config.norm_topk),
+    "biased_softmax": lambda config, weights: BiasedSoftmax(
+        weights.take("e_score_correction_bias", (1, config.num_experts))[0].float(), config.num_experts_per_token
+    ),
     "topk_softmax": lambda config, _: TopKSoftmax(config.num_experts_per_token),
     "grouped_sigmoid": _grouped_sigmoid,
     "grouped_softmax": lambda config, _: GroupedSoftmax(

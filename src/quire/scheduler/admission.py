@@ -145,7 +145,8 @@ class Admission:
         if not self._queues.running:
             # Only registered prefixes hold blocks, and `RequestCheck` let the group in: it fits.
             return group.num_rows <= num_free_rows
-        if group.num_rows > num_free_rows - num_rows_kept:
+        for_others = self._queues.waiting.rows_kept(group, self._queues.running, len(self._queues.rows))
+        if group.num_rows > num_free_rows - max(num_rows_kept, for_others):
             return False
         needed = self._num_needed(group)
         if needed + promised > self._pool.num_free - self._watermark:

@@ -6,11 +6,14 @@ waiting and comes back starts no lower than the lowest waiting tenant: absence e
 have requests waiting, the service given to them differs by no more than twice the larger of two amounts, one prompt and
 a full KV pool of output, however many requests either sends.
 
+A tenant that holds more than its equal share of the rows leaves `KEPT_SHARE` of them free while others ask as well: a
+request of a tenant that asks little then starts in the next step instead of waiting for the end of another.
+
 Tokens that a preempted request computes again are not counted twice. Tokens from the prefix cache are not counted.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from quire.scheduler.sequence import SequenceGroup
@@ -18,6 +21,13 @@ from quire.scheduler.waiting_queue import WaitingQueue
 
 MAX_TENANTS = 4096
 """Counters kept. Beyond that, the tenant served longest ago among those with nothing waiting loses its counter."""
+
+KEPT_SHARE = 8
+"""One row of so many stays free, and at least one."""
+RECENT_SERVICE = 50_000.0
+"""A tenant is present until others were given so much service since it was seen."""
+_TURN = 0.5
+"""Less than a token: a tenant that comes back is first among equals."""
 
 
 class FairShare(WaitingQueue):
@@ -30,6 +40,9 @@ class FairShare(WaitingQueue):
         self._queues: dict[tuple[int, str], WaitingQueue] = {}
         """(priority, tenant) → its queue, which is never empty."""
         self._counters: OrderedDict[str, float] = OrderedDict()
+        self._total_service = 0.0
+        self._seen_at: dict[str, float] = {}
+        """Tenant with a counter → the total service when it last asked for or was given some."""
         self._last_served = 0.0
         """The counter of the tenant whose request left the queue last."""
         self._num_groups = 0
@@ -45,7 +58,7 @@ class FairShare(WaitingQueue):
         waiting = {other for _, other in self._queues}
         if tenant not in waiting:
             floor = min(counters.get(other, 0.0) for other in waiting) if waiting else self._last_served
-            self._set_counter(tenant, max(counters.get(tenant, 0.0), floor))
+            self._set_counter(tenant, max(counters.get(tenant, 0.0), floor - _TURN))
         self.push(group)
 
     def push(self, group: SequenceGroup) -> None:
@@ -77,17 +90,37 @@ class FairShare(WaitingQueue):
             self._num_groups += len(queue)
             self._delete_if_empty(key)
 
+    def rows_kept(self, group: SequenceGroup, running: Sequence[SequenceGroup], num_rows: int) -> int:
+        tenant = group.request.tenant
+        num_others = sum(1 for _ in self._others_present(tenant))
+        if not num_others:
+            return 0
+        held = sum(other.num_rows for other in running if other.request.tenant == tenant)
+        if not held or held + group.num_rows <= num_rows // (1 + num_others):
+            return 0
+        return max(1, num_rows // KEPT_SHARE)
+
+    def _others_present(self, tenant: str) -> Iterator[str]:
+        """The other tenants that were seen lately."""
+        for other in reversed(self._counters):  # the one seen last comes first
+            if self._seen_at[other] < self._total_service - RECENT_SERVICE:
+                return
+            if other != tenant:
+                yield other
+
     def serve(self, tenant: str, service: float) -> None:
+        self._total_service += service
         self._set_counter(tenant, self._counters.get(tenant, 0.0) + service)
 
     def _set_counter(self, tenant: str, service: float) -> None:
         self._counters[tenant] = service
         self._counters.move_to_end(tenant)
+        self._seen_at[tenant] = self._total_service
         if len(self._counters) > MAX_TENANTS:
             waiting = {other for _, other in self._queues}
             idle = next((other for other in self._counters if other not in waiting and other != tenant), None)
             if idle is not None:
-                del self._counters[idle]
+                del self._counters[idle], self._seen_at[idle]
 
     def _delete_if_empty(self, key: tuple[int, str]) -> None:
         if not len(self._queues[key]):

@@ -5,7 +5,7 @@ queues: they give groups another `rank`, or choose among several queues (see `po
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from quire.scheduler.sequence import SequenceGroup
@@ -53,6 +53,10 @@ class WaitingQueue:
         if len(self._heap) > 2 * len(self._groups) + 64:
             # Clients that leave while the head of the queue waits must not fill the heap.
             self._heap = sorted(self._groups)
+
+    def rows_kept(self, group: SequenceGroup, running: Sequence[SequenceGroup], num_rows: int) -> int:
+        """Rows, of `num_rows` in all, that must stay free if the group starts beside the `running` ones."""
+        return 0
 
     def serve(self, tenant: str, service: float) -> None:
         """A tenant's requests were given so much service. This policy ignores it."""

@@ -15,9 +15,7 @@ def describe_miss(path: str, routes: Sequence[str]) -> str:
             hint = "; clients usually need a base URL that ends in /v1" if candidate == f"/v1{wanted}" else ""
             return f"there is no route {wanted!a}; use {candidate}{hint}"
     if below := [route for route in fixed if route.startswith(f"{wanted}/")]:
-        return (
-            f"{wanted!a} is a base URL, not a route; below it are {', '.join(below[:3])} and others. /docs lists them"
-        )
+        return f"{wanted!a} is a base URL, not a route; routes are {', '.join(below[:3])} and others. /docs lists them"
     close = get_close_matches(wanted, fixed, n=1, cutoff=0.75)
     return f"there is no route {wanted!a}; " + (f"did you mean {close[0]}? " if close else "") + "/docs lists them"
 

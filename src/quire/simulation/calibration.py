@@ -87,7 +87,7 @@ def _without_zeros(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]
 
 
 def _seconds_per_byte(products: Mapping[str, Sequence[tuple[int, float]]]) -> float:
-    """For attention whose rate of reading could not be told from other work: that of reading weights."""
+    """For attention whose rate of reading did not show beside other work: that of reading weights."""
     return min(curve[0][1] / DTYPE_BYTES.get(each, 1) for each, curve in products.items())
 
 

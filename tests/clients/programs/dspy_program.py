@@ -26,7 +26,6 @@ def tools() -> None:
 
 
 def structured_output() -> None:
-    dspy.configure(lm=model, adapter=dspy.JSONAdapter())
     person = dspy.Predict("text -> name: str, age: int")(text="Ada is 36 years old.")
     equal((person.name, person.age), ("Ada", 36))
 
