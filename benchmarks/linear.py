@@ -3,7 +3,7 @@
 For each weight format, layer and number of rows, all contenders run in turns, and a contender's figure is the median of
 its rounds. Weights rotate through more memory than the caches hold, so that few rows are bound by reading them and many
 by arithmetic. The table shows how many times as fast as the fastest other one this project's layer is. Below 1.00 torch
-is faster.
+is faster. torch has no product for blocks of GGUF: beside them stand the floats that they become.
 
 Our layer takes and returns float32. If a contender needs another type, converting counts in its time, since an engine
 would have to convert; "alone" leaves the conversions out. Most contenders are private operators of torch; a torch
@@ -28,12 +28,16 @@ from torch import Tensor
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.make_models import SHAPES
+from quire.gguf.block_types import BLOCK_TYPES, BLOCK_TYPES_BY_NAME
 from quire.kernels import cpu
+from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.blocks import dequantize
 from quire.quantization import METHODS
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 LAYERS = ("qkv", "o", "gate_up", "down", "head")
-FORMATS = ("float32", "bfloat16", *METHODS)
+BLOCKS = tuple(block.name for block in BLOCK_TYPES.values() if not block.is_float)
+FORMATS = ("float32", "bfloat16", *METHODS, *BLOCKS)
 ROTATED_BYTES = 96 << 20
 MIN_ROUNDS = 5
 NOISE = 0.03
@@ -77,10 +81,24 @@ def contenders(name: str, weight: Tensor) -> list[Contender]:
         copies = rotated(lambda: cpu.quantize_linear([weight], stored), stored.weight_bytes(n, k))
         ours = Contender("ours", copies, lambda x, w: cpu.linear_quantized(x, w, None, n))
         return [ours, *(of_8_bits(weight) if stored.bits == 8 else of_4_bits(weight, stored.group_size))]
+    if name in BLOCKS:
+        matrix = random_blocks(name, n, k)
+        copies = rotated(lambda: cpu.pack_blocks([BlockMatrix(matrix.rows.clone(), name)]), matrix.rows.nbytes)
+        return [
+            Contender("ours", copies, lambda x, w: cpu.linear_quantized(x, w, None, n)),
+            *of_floats(dequantize(matrix)),
+        ]
     rounded = weight.to(getattr(torch, name))
     copies = rotated(lambda: cpu.pack_linear([rounded], name), rounded.nbytes)
     ours = Contender("ours", copies, lambda x, w: cpu.linear(x, w, None, n))
     return [ours, *of_floats(rounded)]
+
+
+def random_blocks(type_name: str, num_outputs: int, num_inputs: int) -> BlockMatrix:
+    """Random codes; scales are small and finite."""
+    block = BLOCK_TYPES_BY_NAME[type_name]
+    row_bytes = num_inputs // block.num_values * block.num_bytes
+    return BlockMatrix(torch.randint(0, 40, (num_outputs, row_bytes)).byte(), type_name)
 
 
 def whole_and_alone(name: str, copies: list[Any], run: Run, prepare: Callable[[Tensor], Any]) -> list[Contender]:

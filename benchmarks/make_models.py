@@ -1,6 +1,7 @@
 """`python -m benchmarks.make_models DIR [M160 M600]`: random weights in real shapes, to measure speed with.
 
-M160 is a small Llama, M600 has the shape of Qwen3-0.6B. Each is written twice, in float32 and in bfloat16,
+M160 is a small Llama, M600 has the shape of Qwen3-0.6B, and moe is a Mixtral of 8 experts with 0.1 billion active
+weights. Each is written twice, in float32 and in bfloat16,
 with the same values (sampled from seed 0, rounded to bfloat16), so that every dtype computes the same model.
 """
 
@@ -43,6 +44,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960,
         "rope_theta": 1000000.0,
     },
+    "moe": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
 }
 SHARED_CONFIG: dict[str, Any] = {
     "attention_bias": False,
@@ -82,10 +99,15 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, queries),
         "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    if num_experts := config.get("num_local_experts", 0):
+        names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+        layer["block_sparse_moe.gate"] = (num_experts, hidden)
+        for index in range(num_experts):
+            layer |= {f"block_sparse_moe.experts.{index}.{name}": mlp[part] for name, part in names.items()}
+    else:
+        layer |= {f"mlp.{name}": shape for name, shape in mlp.items()}
     if config["model_type"] == "qwen3":
         layer |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
     layers = {

@@ -9,17 +9,21 @@ the bandwidth is measured in the same run.
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.ceilings import READ_BYTES
+from quire.gguf.block_types import BLOCK_TYPES_BY_NAME
 from quire.kernels import cpu
+from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.coded import CodedMatrix
 from quire.kernels.expert_products import ExpertLoop
-from quire.kernels.interface import ExpertWeight, Mxfp4Matrix, PackedExperts
+from quire.kernels.interface import ExpertMatrix, ExpertWeight, Mxfp4Matrix, PackedExperts
 from quire.layers.linear import Linear, LinearWeight, stored_as
 from quire.quantization import METHODS
+from quire.quantization.levels import integers
 
 
 class Shape(NamedTuple):
@@ -36,7 +40,11 @@ SHAPES = {
     "mixtral": Shape(1024, 3584, 8, 2),
     "gpt-oss": Shape(2880, 2880, 12, 4),
 }
-FORMATS = ("float32", "bfloat16", "int8", "int4", "mxfp4", "mxfp4 of int8")
+BLOCKS = ("Q8_0", "Q4_0", "Q4_K", "Q6_K")
+FORMATS = ("float32", "bfloat16", "int8", "int4", "codes", "mxfp4", "mxfp4 of int8", *BLOCKS)
+"""`codes`: 4 bits in groups of 128 with zero points, as GPTQ and AWQ store them."""
+FLOATS_AND_METHODS = ("float32", "bfloat16", *METHODS)
+GROUP = 128
 NUM_TOKENS = (1, 16, 64, 2048)
 NUM_STEPS = 8
 """Steps of one token in a turn, each with other experts, so that no cache holds them."""
@@ -46,15 +54,21 @@ Step = tuple[Tensor, Tensor, Tensor]
 
 
 def make_experts(shape: Shape, form: str) -> PackedExperts:
-    def matrix(rows: int, columns: int) -> Tensor | Mxfp4Matrix:
+    def matrix(rows: int, columns: int) -> ExpertMatrix:
+        if form in BLOCKS:
+            return random_blocks(form, rows, columns)
+        if form == "codes":
+            codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+            scales = torch.full((rows, columns // GROUP), 0.005, dtype=torch.float16)
+            return CodedMatrix(codes, scales, GROUP, integers(4), zeros=torch.full_like(scales, 8.0))
         if not form.startswith("mxfp4"):
             return torch.randn(rows, columns).mul_(0.02)
         blocks = torch.randint(0, 256, (rows, columns // 32, 16), dtype=torch.uint8)
         return Mxfp4Matrix(blocks, torch.randint(118, 122, (rows, columns // 32), dtype=torch.uint8))
 
     def pack(rows: int, columns: int) -> ExpertWeight:
-        stored = stored_as({"mxfp4": "float32", "mxfp4 of int8": "int8"}.get(form, form))
-        matrices: Any = [[matrix(rows, columns)] for _ in range(shape.num_experts)]
+        stored = stored_as({"mxfp4 of int8": "int8"}.get(form, form if form in FLOATS_AND_METHODS else "float32"))
+        matrices = [[matrix(rows, columns)] for _ in range(shape.num_experts)]
         return cpu.pack_experts(matrices, stored)
 
     gate_up, down = pack(2 * shape.inner, shape.hidden), pack(shape.hidden, shape.inner)
@@ -62,13 +76,25 @@ def make_experts(shape: Shape, form: str) -> PackedExperts:
 
 
 def make_dense(shape: Shape, form: str) -> Callable[[Tensor], Tensor]:
-    """An MLP of as many parameters as a token's experts have. There is no dense MXFP4: int4 stands beside it."""
-    inner, dtype = shape.num_active * shape.inner, "int4" if form.startswith("mxfp4") else form
+    """An MLP of as many parameters as a token's experts have. Beside MXFP4 and codes stands int4."""
+    inner, dtype = shape.num_active * shape.inner, form if form in FLOATS_AND_METHODS else "int4"
     gate_up, down = (
-        Linear(cpu, [LinearWeight(torch.randn(rows, columns).mul_(0.02))], dtype)
-        for rows, columns in ((2 * inner, shape.hidden), (shape.hidden, inner))
+        Linear(
+            cpu,
+            [LinearWeight(random_blocks(form, *size) if form in BLOCKS else torch.randn(*size).mul_(0.02))],
+            "float32" if form in BLOCKS else dtype,
+        )
+        for size in ((2 * inner, shape.hidden), (shape.hidden, inner))
     )
     return lambda x: down.after_gate(gate_up(x), "silu")
+
+
+def random_blocks(type_name: str, rows: int, columns: int) -> BlockMatrix:
+    """Random codes; scales are small and finite. As llama.cpp does, a width that is no multiple of 256 takes Q8_0."""
+    if columns % BLOCK_TYPES_BY_NAME[type_name].num_values:
+        type_name = "Q8_0"
+    block = BLOCK_TYPES_BY_NAME[type_name]
+    return BlockMatrix(torch.randint(0, 40, (rows, columns // block.num_values * block.num_bytes)).byte(), type_name)
 
 
 def make_steps(shape: Shape, num_tokens: int) -> list[Step]:
@@ -94,10 +120,10 @@ def best_of_turns(runs: Sequence[Callable[[Step], object]], steps: Sequence[Step
     return best
 
 
-def compare(shape: Shape, form: str, seconds: float) -> dict[int, tuple[float, float, float]]:
-    """By number of tokens: seconds of the kernel, of the loop (NaN for MXFP4), and of the dense MLP."""
-    packed, dense = make_experts(shape, form), make_dense(shape, form)
-    loop = ExpertLoop(cpu.linear, cpu.linear_quantized)
+def compare(packed: PackedExperts, shape: Shape, form: str, seconds: float) -> dict[int, tuple[float, float, float]]:
+    """By number of tokens: seconds of the kernel, of the loop (NaN for stored bits), and of the dense MLP."""
+    dense = make_dense(shape, form)
+    loop = ExpertLoop(cpu.linear, cpu.linear_quantized, cpu.linear_coded)
 
     def grouped(step: Step) -> None:
         cpu.experts(*step, packed, torch.zeros_like(step[0]))
@@ -108,23 +134,16 @@ def compare(shape: Shape, form: str, seconds: float) -> dict[int, tuple[float, f
     found = {}
     for num_tokens in NUM_TOKENS:
         runs: list[Callable[[Step], object]] = [grouped, lambda step: dense(step[0])]
-        if not form.startswith("mxfp4"):
+        if form in FLOATS_AND_METHODS:
             runs.append(one_by_one)
         kernel, of_dense, *of_loop = best_of_turns(runs, make_steps(shape, num_tokens), seconds)
         found[num_tokens] = (kernel, of_loop[0] if of_loop else float("nan"), of_dense)
     return found
 
 
-def active_bytes(shape: Shape, form: str) -> float:
+def active_bytes(packed: PackedExperts, shape: Shape) -> float:
     """Bytes of the weights that one token reads."""
-    parameters = 3 * shape.hidden * shape.inner * shape.num_active
-    if form.startswith("mxfp4"):
-        return parameters * 4.25 / 8
-    if form in METHODS:
-        layers = METHODS[form].layers
-        rows = ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
-        return shape.num_active * sum(layers.weight_bytes(*each) for each in rows)
-    return float(parameters * getattr(torch, form).itemsize)
+    return (packed.gate_up.nbytes + packed.down.nbytes) * shape.num_active / shape.num_experts
 
 
 def read_bandwidth() -> float:
@@ -147,8 +166,9 @@ def main() -> None:
     print(f"{'shape':12}{'format':15}{'of read':>8}" + "".join(f"{f'{count} tokens':>26}" for count in NUM_TOKENS))
     for name in arguments.shapes:
         for form in arguments.formats:
-            found = compare(SHAPES[name], form, arguments.seconds)
-            share = active_bytes(SHAPES[name], form) / found[1][0] / 1e9 / bandwidth
+            shape, packed = SHAPES[name], make_experts(SHAPES[name], form)
+            found = compare(packed, shape, form, arguments.seconds)
+            share = active_bytes(packed, shape) / found[1][0] / 1e9 / bandwidth
             cells = (f"{t * 1e3:.2f} ({loop / t:.2f}, {dense / t:.2f})" for t, loop, dense in found.values())
             print(f"{name:12}{form:15}{share:8.0%}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
 

@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 #include <omp.h>
 
@@ -297,6 +299,8 @@ float* scratch_of(size_t floats) {
     return area.get();
 }
 
+char* bytes_of_scratch(size_t bytes) { return reinterpret_cast<char*>(scratch_of((bytes + 3) / sizeof(float))); }
+
 // Steps along k that a panel has room for.
 int64_t packed_depth(Element element, int64_t k) { return element == Element::bfloat16 ? (k + 1) / 2 * 2 : k; }
 
@@ -449,10 +453,16 @@ void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tens
 
 const char* const kCodeKinds[] = {"table", "integers4", "integers8", "float8"};  // as CodeKind
 
-// Checks a coded weight of k inputs for n outputs.
-CodedWeight coded_weight(const Tensor& codes, const std::string& kind, const std::vector<float>& levels,
-                         const Tensor& scales, const std::optional<Tensor>& offsets, bool zero_points, int64_t group,
-                         int64_t n, int64_t k) {
+// Codes, their kind and levels, scales, offsets, whether those are zero points, the size of a group, and the order of inputs.
+using Coded = std::tuple<Tensor, std::string, std::vector<float>, Tensor, std::optional<Tensor>, bool, int64_t, std::optional<Tensor>>;
+
+// Checks a coded weight of k inputs for n outputs; of experts, whose number is the first dimension, if `num_experts` is set.
+CodedWeight coded_weight(const Coded& parts, int64_t n, int64_t k, std::optional<int64_t> num_experts = {}) {
+    const auto& [codes, kind, levels, scales, offsets, zero_points, group, order] = parts;
+    const auto shape = [&](std::vector<int64_t> of_one) {
+        if (num_experts) of_one.insert(of_one.begin(), *num_experts);
+        return of_one;
+    };
     CodedWeight w{};
     const auto known = std::find(std::begin(kCodeKinds), std::end(kCodeKinds), kind);
     if (known == std::end(kCodeKinds)) throw std::invalid_argument("kind: no codes are called '" + kind + "'");
@@ -468,32 +478,34 @@ CodedWeight coded_weight(const Tensor& codes, const std::string& kind, const std
     const int64_t panels = (n + kPanel - 1) / kPanel;
     const int64_t words = w.kind == CodeKind::integers8 || w.kind == CodeKind::float8 ? 2 : 1;
     const Argument code("codes", codes), scale("scales", scales);
-    w.codes = code.of(kUint8).shaped({panels, (k + 7) / 8, words, kPanel, 4}).contiguous().pointer<uint8_t>();
+    w.codes = code.of(kUint8).shaped(shape({panels, (k + 7) / 8, words, kPanel, 4})).contiguous().pointer<uint8_t>();
     w.scale_element = element_of(scale);
-    w.scales = scale.shaped({panels, groups_of(k, group), kPanel}).contiguous().pointer<void>();
+    w.scales = scale.shaped(shape({panels, groups_of(k, group), kPanel})).contiguous().pointer<void>();
     if (offsets)
-        w.offsets = Argument("offsets", *offsets).of(scale.dtype()).shaped({panels, groups_of(k, group), kPanel}).contiguous().pointer<void>();
+        w.offsets = Argument("offsets", *offsets).of(scale.dtype()).shaped(shape({panels, groups_of(k, group), kPanel})).contiguous().pointer<void>();
     w.zero_points = zero_points;
-    w.group = std::min(group, (k + 7) / 8 * 8);
+    w.group = std::min<int64_t>(group, (k + 7) / 8 * 8);
     return w;
 }
 
+void check_order(const int32_t* order, int64_t count, int64_t k) {
+    for (int64_t i = 0; i < count; ++i)
+        if (order[i] < 0 || order[i] >= k)
+            throw std::invalid_argument("order: expected inputs below " + std::to_string(k) + ", found " + std::to_string(order[i]));
+}
+
 void linear_coded(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
-                  std::optional<Tensor> norm_weight, float eps, const Tensor& codes, const std::string& kind,
-                  const std::vector<float>& levels, const Tensor& scales, std::optional<Tensor> offsets,
-                  bool zero_points, int64_t group, std::optional<Tensor> order, std::optional<Tensor> bias,
+                  std::optional<Tensor> norm_weight, float eps, const Coded& weight, std::optional<Tensor> bias,
                   const Tensor& out) {
     CodedLinear a{};
     a.x = linear_input(x, op, residual, norm_weight, eps, a.m, a.k);
     const Argument output("out", out);
     output.of(kFloat32).shaped({a.m, kAny}).contiguous();
     a.n = output.size(1);
-    a.weight = coded_weight(codes, kind, levels, scales, offsets, zero_points, group, a.n, a.k);
-    if (order) {
+    a.weight = coded_weight(weight, a.n, a.k);
+    if (const auto& order = std::get<7>(weight)) {
         a.order = vector_of_indices("order", *order, a.k);
-        for (int64_t i = 0; i < a.k; ++i)
-            if (a.order[i] < 0 || a.order[i] >= a.k)
-                throw std::invalid_argument("order: expected inputs below " + std::to_string(a.k) + ", found " + std::to_string(a.order[i]));
+        check_order(a.order, a.k, a.k);
     }
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     a.out = output.pointer<float>();
@@ -501,79 +513,6 @@ void linear_coded(const Tensor& x, const std::string& op, std::optional<Tensor> 
     a.scratch = scratch_of(2 * a.m * a.k);
     nb::gil_scoped_release release;
     kernels->linear_coded(a);
-}
-
-const char* const kExpertFormats[] = {"float32", "float16", "bfloat16", "int8", "int4", "mxfp4", "mxfp4 of int8"};  // as ExpertFormat
-
-// The dense layer [n, k] of every expert, packed as `format` says.
-ExpertLinear expert_linear(const char* name, ExpertFormat format, int64_t num_experts, int64_t n, int64_t k,
-                           const Tensor& packed, const std::optional<Tensor>& scales, int64_t group, bool rotates,
-                           const std::optional<Tensor>& bias) {
-    const Argument weight(name, packed);
-    const int64_t panels = (n + kPanel - 1) / kPanel, pairs = (k + kPairOfSteps - 1) / kPairOfSteps;
-    ExpertLinear layer{weight.pointer<char>(), 0, nullptr, 0, std::min(group, pairs * kPairOfSteps), rotates, nullptr, n, k};
-    if (format <= ExpertFormat::bfloat16) {
-        const Element element = element_of(weight);
-        if (int(element) != int(format)) weight.fail(kExpertFormats[int(format)], dtype_text(weight.dtype()));
-        weight.shaped({num_experts, panels, packed_depth(element, k), kPanel}).contiguous();
-        layer.weight_bytes = panels * packed_depth(element, k) * kPanel * weight.dtype().bits / 8;
-    } else {
-        const bool powers = format >= ExpertFormat::mxfp4;
-        const int64_t steps = format == ExpertFormat::bits8 ? 2 : 1;
-        if (k > kMostInputs) weight.fail("at most " + std::to_string(kMostInputs) + " inputs", std::to_string(k));
-        if (group < 1 || (group < k && group % 32) || (powers && (group != 32 || k % 32)))
-            weight.fail(powers ? "inputs in groups of 32" : "groups of a multiple of 32 inputs, or one of all",
-                        std::to_string(k) + " inputs in groups of " + std::to_string(group));
-        weight.of(kUint8).shaped({num_experts, panels, pairs, steps, kPanel, 4}).contiguous();
-        if (!scales) weight.fail("scales", "none");
-        const Argument scale("scales", *scales);
-        const std::vector<int64_t> shape{num_experts, panels, groups_of(k, group), kPanel};
-        if (powers) scale.of(kUint8).shaped(shape).contiguous();
-        else check_scales(scale, format == ExpertFormat::bits8 ? 8 : 4, shape);
-        layer.weight_bytes = panels * pairs * steps * kPanel * 4;
-        layer.scales = scale.pointer<char>();
-        layer.scale_bytes = panels * kPanel * (powers ? groups_of(k, group) : format == ExpertFormat::bits8 ? 2 * groups_of(k, group) : 2 * groups_of(k, group) + 4);
-    }
-    if (bias) layer.bias = Argument("bias", *bias).of(kFloat32).shaped({num_experts, n}).contiguous().pointer<float>();
-    return layer;
-}
-
-void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const std::string& format,
-             const std::string& gate, float alpha, float limit, int64_t inner, bool rotates, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
-             int64_t gate_up_group, std::optional<Tensor> gate_up_bias, const Tensor& down,
-             std::optional<Tensor> down_scales, int64_t down_group, std::optional<Tensor> down_bias, const Tensor& out) {
-    Experts a{};
-    const Argument input("x", x), ids("chosen", chosen), weight("weights", weights), output("out", out);
-    a.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
-    a.tokens = input.size(0);
-    a.num_active = ids.of(kInt32).shaped({a.tokens, kAny}).contiguous().size(1);
-    a.chosen = ids.pointer<int32_t>();
-    a.weights = weight.of(kFloat32).shaped({a.tokens, a.num_active}).contiguous().pointer<float>();
-    a.out = output.of(kFloat32).shaped({a.tokens, input.size(1)}).contiguous(1).rows();
-    const auto known = std::find(std::begin(kExpertFormats), std::end(kExpertFormats), format);
-    if (known == std::end(kExpertFormats)) throw std::invalid_argument("format: no experts are stored as '" + format + "'");
-    a.format = ExpertFormat(known - std::begin(kExpertFormats));
-    a.gate = input_op(gate);
-    if (a.gate <= InputOp::rms_norm) throw std::invalid_argument("gate: '" + gate + "' is none");
-    a.alpha = alpha;
-    a.limit = limit;
-    if (inner < 1) throw std::invalid_argument("inner: expected at least 1, found " + std::to_string(inner));
-    a.num_experts = Argument("gate_up", gate_up).size(0);
-    a.gate_up = expert_linear("gate_up", a.format, a.num_experts, 2 * inner, input.size(1), gate_up, gate_up_scales,
-                              gate_up_group, rotates, gate_up_bias);
-    a.down = expert_linear("down", a.format, a.num_experts, input.size(1), inner, down, down_scales, down_group, rotates,
-                           down_bias);
-    for (int64_t i = 0; i < a.tokens * a.num_active; ++i)
-        if (a.chosen[i] < 0 || a.chosen[i] >= a.num_experts)
-            ids.fail("experts 0 to " + std::to_string(a.num_experts - 1), std::to_string(a.chosen[i]));
-    nb::gil_scoped_release release;
-    constexpr std::align_val_t cache_line{64};
-    struct Release {
-        void operator()(void* p) const { ::operator delete(p, cache_line); }
-    };
-    const std::unique_ptr<void, Release> scratch(::operator new(kernels->experts_scratch(a), cache_line));
-    a.scratch = static_cast<char*>(scratch.get());
-    kernels->experts(a);
 }
 
 // Indices of rows of a packed weight; checks that all of them exist.
@@ -631,8 +570,9 @@ std::pair<int64_t, int64_t> sizes_of_block(BlockType type) {
     return {32, 17};
 }
 
-// Checks rows of blocks of k numbers, and returns them.
-BlockPart block_part(const Tensor& rows, const std::string& type_name, int64_t k) {
+// Checks rows of blocks of k numbers, and returns them; of experts, whose number is the first dimension, if `num_experts`
+// is set, those of the first one.
+BlockPart block_part(const Tensor& rows, const std::string& type_name, int64_t k, std::optional<int64_t> num_experts = {}) {
     const Argument blocks("rows", rows);
     const auto* known = std::find_if(std::begin(kBlockTypes), std::end(kBlockTypes),
                                      [&](const auto& each) { return each.first == type_name; });
@@ -640,14 +580,18 @@ BlockPart block_part(const Tensor& rows, const std::string& type_name, int64_t k
     const auto [numbers, bytes] = sizes_of_block(known->second);
     if (k % numbers) throw std::invalid_argument("x: expected a multiple of " + std::to_string(numbers) +
                                                  " columns for " + type_name + ", found " + std::to_string(k));
-    blocks.of(kUint8).shaped({kAny, k / numbers * bytes}).contiguous();
-    return {blocks.pointer<uint8_t>(), k / numbers * bytes, blocks.size(0), known->second};
+    const int64_t row_bytes = k / numbers * bytes;
+    blocks.of(kUint8);
+    if (num_experts) blocks.shaped({*num_experts, kAny, row_bytes}).contiguous();
+    else blocks.shaped({kAny, row_bytes}).contiguous();
+    return {blocks.pointer<uint8_t>(), row_bytes, blocks.size(num_experts ? 1 : 0), known->second};
 }
 
 void linear_blocks(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
                    std::optional<Tensor> norm_weight, float eps, const std::vector<Tensor>& rows,
-                   const std::vector<std::string>& types, std::optional<Tensor> bias, const Tensor& out) {
+                   const std::vector<std::string>& types, bool both_digits, std::optional<Tensor> bias, const Tensor& out) {
     BlockLinear a{};
+    a.both_digits = both_digits;
     a.x = linear_input(x, op, residual, norm_weight, eps, a.m, a.k);
     if (rows.empty() || rows.size() != types.size()) throw std::invalid_argument("rows: expected one for each type");
     std::vector<BlockPart> parts;
@@ -660,7 +604,7 @@ void linear_blocks(const Tensor& x, const std::string& op, std::optional<Tensor>
     a.out = Argument("out", out).of(kFloat32).shaped({a.m, a.n}).contiguous().pointer<float>();
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     if (a.m == 0) return;
-    a.scratch = scratch_of(kernels->blocks_scratch(a.m, a.k, omp_get_max_threads()));
+    a.scratch = bytes_of_scratch(kernels->blocks_scratch(a.m, a.k));
     nb::gil_scoped_release release;
     kernels->linear_blocks(a);
 }
@@ -674,9 +618,167 @@ void gather_rows_blocks(const Tensor& rows, const std::string& type_name, const 
     for (int64_t i = 0; i < count; ++i)
         if (id[i] < 0 || id[i] >= from.num_rows)
             wanted.fail("ids of 0 to " + std::to_string(from.num_rows - 1), std::to_string(id[i]));
-    float* const scratch = scratch_of(omp_get_max_threads() * (k / 4 + k / 8));
+    char* const scratch = bytes_of_scratch(kernels->gather_scratch(k));
     nb::gil_scoped_release release;
     kernels->gather_rows_blocks(from, k, id, count, output.pointer<float>(), scratch);
+}
+
+const char* const kExpertFormats[] = {"float32", "float16", "bfloat16", "int8", "int4"};  // as ExpertFormat
+
+const float* bias_of_experts(const std::optional<Tensor>& bias, int64_t num_experts, int64_t n) {
+    return bias ? Argument("bias", *bias).of(kFloat32).shaped({num_experts, n}).contiguous().pointer<float>() : nullptr;
+}
+
+// The dense layer [n, k] of every expert, packed as `format` says.
+ExpertLinear expert_linear(const char* name, ExpertFormat format, int64_t num_experts, int64_t n, int64_t k,
+                           const Tensor& packed, const std::optional<Tensor>& scales, int64_t group, bool rotates,
+                           const std::optional<Tensor>& bias) {
+    const Argument weight(name, packed);
+    const int64_t panels = (n + kPanel - 1) / kPanel, pairs = (k + kPairOfSteps - 1) / kPairOfSteps;
+    ExpertLinear layer{};
+    layer.weight = weight.pointer<char>();
+    layer.group = std::min(group, pairs * kPairOfSteps);
+    layer.rotates = rotates;
+    layer.n = n;
+    layer.k = k;
+    layer.bias = bias_of_experts(bias, num_experts, n);
+    if (format <= ExpertFormat::bfloat16) {
+        const Element element = element_of(weight);
+        if (int(element) != int(format)) weight.fail(kExpertFormats[int(format)], dtype_text(weight.dtype()));
+        weight.shaped({num_experts, panels, packed_depth(element, k), kPanel}).contiguous();
+        layer.weight_bytes = panels * packed_depth(element, k) * kPanel * weight.dtype().bits / 8;
+        return layer;
+    }
+    const int bits = format == ExpertFormat::bits8 ? 8 : 4;
+    if (k > kMostInputs) weight.fail("at most " + std::to_string(kMostInputs) + " inputs", std::to_string(k));
+    if (group < 1 || (group < k && group % 32))
+        weight.fail("groups of a multiple of 32 inputs, or one of all",
+                    std::to_string(k) + " inputs in groups of " + std::to_string(group));
+    weight.of(kUint8).shaped({num_experts, panels, pairs, bits / 4, kPanel, 4}).contiguous();
+    if (!scales) weight.fail("scales", "none");
+    const Argument scale("scales", *scales);
+    check_scales(scale, bits, {num_experts, panels, groups_of(k, group), kPanel});
+    layer.weight_bytes = panels * pairs * bits / 4 * kPanel * 4;
+    layer.scales = scale.pointer<char>();
+    layer.scale_bytes = panels * kPanel * (2 * groups_of(k, group) + (bits == 4 ? 4 : 0));
+    return layer;
+}
+
+// The same of codes.
+ExpertLinear coded_experts(const Coded& weight, int64_t num_experts, int64_t n, int64_t k, const std::optional<Tensor>& bias) {
+    ExpertLinear layer{};
+    layer.coded = coded_weight(weight, n, k, num_experts);
+    const int64_t panels = (n + kPanel - 1) / kPanel;
+    const bool bytes = layer.coded.kind == CodeKind::integers8 || layer.coded.kind == CodeKind::float8;
+    layer.weight_bytes = panels * ((k + 7) / 8) * (bytes ? 8 : 4) * kPanel;
+    layer.scale_bytes = panels * groups_of(k, std::get<6>(weight)) * kPanel * Argument("scales", std::get<3>(weight)).dtype().bits / 8;
+    if (const auto& order = std::get<7>(weight)) {
+        layer.order = Argument("order", *order).of(kInt32).shaped({num_experts, k}).contiguous().pointer<int32_t>();
+        check_order(layer.order, num_experts * k, k);
+    }
+    layer.n = n;
+    layer.k = k;
+    layer.bias = bias_of_experts(bias, num_experts, n);
+    return layer;
+}
+
+// Rows of blocks [experts, rows, bytes] of every part, the types of the parts, and whether all inputs get both digits.
+using Blocks = std::tuple<std::vector<Tensor>, std::vector<std::string>, bool>;
+
+// The same of blocks. `parts` keeps what the layer points to.
+ExpertLinear block_experts(const Blocks& weight, int64_t num_experts, int64_t n, int64_t k, const std::optional<Tensor>& bias,
+                           std::vector<BlockPart>& parts) {
+    const auto& [rows, types, both_digits] = weight;
+    if (rows.empty() || rows.size() != types.size()) throw std::invalid_argument("rows: expected one for each type");
+    int64_t num_rows = 0;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        parts.push_back(block_part(rows[i], types[i], k, num_experts));
+        num_rows += parts.back().num_rows;
+    }
+    if (num_rows != n) Argument("rows", rows[0]).fail(std::to_string(n) + " rows in all", std::to_string(num_rows));
+    ExpertLinear layer{};
+    layer.parts = parts.data();
+    layer.num_parts = int64_t(parts.size());
+    layer.both_digits = both_digits;
+    layer.n = n;
+    layer.k = k;
+    layer.bias = bias_of_experts(bias, num_experts, n);
+    return layer;
+}
+
+// x, chosen, weights, gate, alpha, limit and the inner size.
+using ExpertArguments = std::tuple<Tensor, Tensor, Tensor, std::string, float, float, int64_t>;
+
+// Everything but the weights.
+Experts experts_of(const ExpertArguments& arguments, int64_t num_experts, const Tensor& out) {
+    const auto& [x, chosen, weights, gate, alpha, limit, inner] = arguments;
+    Experts a{};
+    const Argument input("x", x), ids("chosen", chosen), weight("weights", weights), output("out", out);
+    a.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
+    a.tokens = input.size(0);
+    a.num_active = ids.of(kInt32).shaped({a.tokens, kAny}).contiguous().size(1);
+    a.chosen = ids.pointer<int32_t>();
+    a.weights = weight.of(kFloat32).shaped({a.tokens, a.num_active}).contiguous().pointer<float>();
+    a.out = output.of(kFloat32).shaped({a.tokens, input.size(1)}).contiguous(1).rows();
+    a.gate = input_op(gate);
+    if (a.gate <= InputOp::rms_norm) throw std::invalid_argument("gate: '" + gate + "' is none");
+    a.alpha = alpha;
+    a.limit = limit;
+    if (inner < 1) throw std::invalid_argument("inner: expected at least 1, found " + std::to_string(inner));
+    a.num_experts = num_experts;
+    for (int64_t i = 0; i < a.tokens * a.num_active; ++i)
+        if (a.chosen[i] < 0 || a.chosen[i] >= a.num_experts)
+            ids.fail("experts 0 to " + std::to_string(a.num_experts - 1), std::to_string(a.chosen[i]));
+    return a;
+}
+
+void run_experts(Experts& a) {
+    nb::gil_scoped_release release;
+    constexpr std::align_val_t cache_line{64};
+    struct Release {
+        void operator()(void* p) const { ::operator delete(p, cache_line); }
+    };
+    const std::unique_ptr<void, Release> scratch(::operator new(kernels->experts_scratch(a), cache_line));
+    a.scratch = static_cast<char*>(scratch.get());
+    kernels->experts(a);
+}
+
+void experts(const ExpertArguments& arguments, const std::string& format, bool rotates, const Tensor& gate_up,
+             std::optional<Tensor> gate_up_scales, int64_t gate_up_group, std::optional<Tensor> gate_up_bias,
+             const Tensor& down, std::optional<Tensor> down_scales, int64_t down_group, std::optional<Tensor> down_bias,
+             const Tensor& out) {
+    const auto known = std::find(std::begin(kExpertFormats), std::end(kExpertFormats), format);
+    if (known == std::end(kExpertFormats)) throw std::invalid_argument("format: no experts are stored as '" + format + "'");
+    Experts a = experts_of(arguments, Argument("gate_up", gate_up).size(0), out);
+    const int64_t inner = std::get<6>(arguments), hidden = Argument("out", out).size(1);
+    a.format = ExpertFormat(known - std::begin(kExpertFormats));
+    a.gate_up = expert_linear("gate_up", a.format, a.num_experts, 2 * inner, hidden, gate_up, gate_up_scales, gate_up_group,
+                              rotates, gate_up_bias);
+    a.down = expert_linear("down", a.format, a.num_experts, hidden, inner, down, down_scales, down_group, rotates, down_bias);
+    run_experts(a);
+}
+
+void experts_coded(const ExpertArguments& arguments, const Coded& gate_up, std::optional<Tensor> gate_up_bias,
+                   const Coded& down, std::optional<Tensor> down_bias, const Tensor& out) {
+    Experts a = experts_of(arguments, Argument("gate_up", std::get<0>(gate_up)).size(0), out);
+    const int64_t inner = std::get<6>(arguments), hidden = Argument("out", out).size(1);
+    a.format = ExpertFormat::coded;
+    a.gate_up = coded_experts(gate_up, a.num_experts, 2 * inner, hidden, gate_up_bias);
+    a.down = coded_experts(down, a.num_experts, hidden, inner, down_bias);
+    run_experts(a);
+}
+
+void experts_blocks(const ExpertArguments& arguments, const Blocks& gate_up, std::optional<Tensor> gate_up_bias,
+                    const Blocks& down, std::optional<Tensor> down_bias, const Tensor& out) {
+    const std::vector<Tensor>& rows = std::get<0>(gate_up);
+    if (rows.empty()) throw std::invalid_argument("rows: expected one for each type");
+    Experts a = experts_of(arguments, Argument("rows", rows[0]).size(0), out);
+    const int64_t inner = std::get<6>(arguments), hidden = Argument("out", out).size(1);
+    std::vector<BlockPart> gate_up_parts, down_parts;
+    a.format = ExpertFormat::blocks;
+    a.gate_up = block_experts(gate_up, a.num_experts, 2 * inner, hidden, gate_up_bias, gate_up_parts);
+    a.down = block_experts(down, a.num_experts, hidden, inner, down_bias, down_parts);
+    run_experts(a);
 }
 
 void add_lora(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& ranks, const Tensor& part_ends,
@@ -856,23 +958,23 @@ NB_MODULE(_cpu, m) {
     m.def("quantize_linear", &quantize_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("scales"),
           nb::arg("bits"), nb::arg("group_size"), nb::arg("rotates"), nb::arg("first_row"));
     m.def("linear_coded", &linear_coded, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
-          nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("codes"), nb::arg("kind"), nb::arg("levels"),
-          nb::arg("scales"), nb::arg("offsets").none(), nb::arg("zero_points"), nb::arg("group_size"),
-          nb::arg("order").none(), nb::arg("bias").none(), nb::arg("out"));
+          nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"));
     m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("rotates"), nb::arg("bias").none(), nb::arg("out"));
-    m.def("experts", &experts, nb::arg("x"), nb::arg("chosen"), nb::arg("weights"), nb::arg("format"),
-          nb::arg("gate"), nb::arg("alpha"), nb::arg("limit"), nb::arg("inner"), nb::arg("rotates"),
-          nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
-          nb::arg("gate_up_group"), nb::arg("gate_up_bias").none(), nb::arg("down"), nb::arg("down_scales").none(),
-          nb::arg("down_group"), nb::arg("down_bias").none(), nb::arg("out"));
+    m.def("experts", &experts, nb::arg("tokens"), nb::arg("format"), nb::arg("rotates"), nb::arg("gate_up"),
+          nb::arg("gate_up_scales").none(), nb::arg("gate_up_group"), nb::arg("gate_up_bias").none(), nb::arg("down"),
+          nb::arg("down_scales").none(), nb::arg("down_group"), nb::arg("down_bias").none(), nb::arg("out"));
+    m.def("experts_coded", &experts_coded, nb::arg("tokens"), nb::arg("gate_up"), nb::arg("gate_up_bias").none(),
+          nb::arg("down"), nb::arg("down_bias").none(), nb::arg("out"));
+    m.def("experts_blocks", &experts_blocks, nb::arg("tokens"), nb::arg("gate_up"), nb::arg("gate_up_bias").none(),
+          nb::arg("down"), nb::arg("down_bias").none(), nb::arg("out"));
     m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
     m.def("gather_rows_quantized", &gather_rows_quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("rotates"), nb::arg("ids"), nb::arg("out"));
     m.def("linear_blocks", &linear_blocks, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
-          nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("rows"), nb::arg("types"), nb::arg("bias").none(),
-          nb::arg("out"));
+          nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("rows"), nb::arg("types"),
+          nb::arg("both_digits"), nb::arg("bias").none(), nb::arg("out"));
     m.def("gather_rows_blocks", &gather_rows_blocks, nb::arg("rows"), nb::arg("type"), nb::arg("ids"), nb::arg("out"));
     m.def("add_lora", &add_lora, nb::arg("x"), nb::arg("a"), nb::arg("b"), nb::arg("ranks"), nb::arg("part_ends"),
           nb::arg("rows"), nb::arg("tiles"), nb::arg("out"));

@@ -1,8 +1,8 @@
 // A layer of experts: gated MLPs of one shape. Each token passes the few that a router chose.
 //
 // A pair is a token and one of its experts. Pairs are sorted by expert, so that an expert's rows are one product on its
-// packed weights, by the micro-kernels of linear.h and linear_low_bit.h: with one row they stream weights, with many they
-// are a blocked matrix product. Five loops follow each other, each over tasks of all experts together:
+// packed weights, by the micro-kernels of linear.h, linear_low_bit.h, coded_linear.h and gguf_linear.h: with one row they
+// stream weights, with many they are a blocked matrix product. Five loops follow each other, each over tasks of all experts together:
 //   1. gather    tiles of rows, in the order or the 8 bits in which the product reads them
 //   2. gate, up  a task is some outputs of one expert
 //   3. gate      the activation, and tiles again
@@ -11,6 +11,9 @@
 // No sum depends on other tokens: a token's result is the same bits in every batch and with any number of threads.
 #pragma once
 
+#include "area.h"
+#include "coded_linear.h"
+#include "gguf_linear.h"
 #include "kernels.h"
 #include "linear.h"
 #include "linear_low_bit.h"
@@ -24,20 +27,7 @@ struct ExpertRun {
 };
 // Pairs that a micro-kernel takes at once, all of one expert.
 struct PairTile {
-    int64_t first, count;
-};
-
-// Hands out parts of a scratch, each on a cache line. Without a scratch it only counts.
-struct Area {
-    char* base;
-    int64_t used = 0;
-
-    template <class T>
-    T* take(int64_t count) {
-        T* const part = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used);
-        used += round_up(count * int64_t(sizeof(T)), 64);
-        return part;
-    }
+    int64_t first, count, expert;
 };
 
 // The pairs in the order of their experts.
@@ -71,7 +61,7 @@ struct Routing {
             const int64_t num = (count + rows_of_tile - 1) / rows_of_tile;
             for (int64_t i = 0; i < num; ++i) {
                 const int64_t begin = i * count / num;
-                tiles[num_tiles++] = {first + begin, (i + 1) * count / num - begin};
+                tiles[num_tiles++] = {first + begin, (i + 1) * count / num - begin, expert};
             }
             first += count;
         }
@@ -105,10 +95,10 @@ struct FloatPairs {
         else memcpy(to, rows[0], layer.k * sizeof(float));
     }
 
-    void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end) const {
+    void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end,
+                  int64_t) const {
         Linear a{};
         a.weight = layer.weight + run.expert * layer.weight_bytes;
-        a.scales = reinterpret_cast<const uint8_t*>(layer.scales) + run.expert * layer.scale_bytes;
         a.bias = layer.bias ? layer.bias + run.expert * layer.n : nullptr;
         a.out = out + run.first * layer.n;
         a.m = run.count;
@@ -148,7 +138,8 @@ struct BytePairs {
                                          row_of_thread + thread * round_up(most_words, 16));
     }
 
-    void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end) const {
+    void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end,
+                  int64_t) const {
         LowBitLinear a{};
         a.weight = reinterpret_cast<const uint8_t*>(layer.weight + run.expert * layer.weight_bytes);
         a.scales = layer.scales + run.expert * layer.scale_bytes;
@@ -163,6 +154,73 @@ struct BytePairs {
     }
 };
 
+// The same with codes of few bits.
+struct CodedPairs {
+    static constexpr int64_t kTileRows = kMaxRows;
+    static constexpr bool kWholePanels = false;
+    float* inputs;  // [pairs, the larger k]
+
+    CodedPairs(const Experts& a, Area& area) : inputs(area.take<float>(a.tokens * a.num_active * max_of(a.gate_up.k, a.down.k))) {}
+
+    void prepare(const ExpertLinear& layer, const PairTile& tile, const float* const* rows, int64_t) const {
+        float* const to = inputs + tile.first * layer.k;
+        if (!layer.order) return arrange<float>(rows, tile.count, 0, layer.k, to);
+        const int32_t* const order = layer.order + tile.expert * layer.k;
+        for (int64_t k = 0; k < layer.k; ++k)
+            for (int64_t r = 0; r < tile.count; ++r) to[k * tile.count + r] = rows[r][order[k]];
+    }
+
+    void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end,
+                  int64_t) const {
+        Linear a{};
+        a.bias = layer.bias ? layer.bias + run.expert * layer.n : nullptr;
+        a.out = out + run.first * layer.n;
+        a.m = run.count;
+        a.n = layer.n;
+        a.k = layer.k;
+        CodedWeight w = layer.coded;
+        const auto of_expert = [&](const void* first) { return static_cast<const char*>(first) + run.expert * layer.scale_bytes; };
+        w.codes += run.expert * layer.weight_bytes;
+        w.scales = of_expert(w.scales);
+        if (w.offsets) w.offsets = of_expert(w.offsets);
+        const int64_t num_tiles = (run.count + kTileRows - 1) / kTileRows;
+        multiply_coded_tiles(a, w, inputs + run.first * layer.k, num_tiles, 0, num_tiles, vector, vector_end);
+    }
+};
+
+// The same with blocks of GGUF.
+struct BlockPairs {
+    static constexpr int64_t kTileRows = kRowsOfBytes;
+    static constexpr bool kWholePanels = false;
+    BlockAreas areas;
+
+    static int64_t larger_k(const Experts& a) { return max_of(a.gate_up.k, a.down.k); }
+    BlockPairs(const Experts& a, Area& area) : areas(a.tokens * a.num_active, larger_k(a), area) {}
+
+    void prepare(const ExpertLinear& layer, const PairTile& tile, const float* const* rows, int64_t thread) const {
+        make_passes(tile.count, layer.k, layer.both_digits, areas.of(thread, layer.k).digits, areas.rows_from(tile.first, layer.k),
+                    [&](int64_t r) { return rows[r]; });
+    }
+
+    void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end,
+                  int64_t thread) const {
+        const int64_t begin = vector * kLanes, end = min_of(vector_end * kLanes, layer.n);
+        const BlockRows x = areas.rows_from(run.first, layer.k);
+        int64_t column = 0;  // of the part's first row
+        for (int64_t p = 0; p < layer.num_parts; ++p) {
+            BlockPart part = layer.parts[p];
+            part.rows += run.expert * part.num_rows * part.row_bytes;
+            const int64_t first = max_of(begin, column), last = min_of(end, column + part.num_rows);
+            if (first < last)
+                multiply_blocks(part, first - column, last - column, layer.k, x, run.count,
+                                {out + run.first * layer.n + first, layer.n,
+                                 layer.bias ? layer.bias + run.expert * layer.n + first : nullptr},
+                                areas.of(thread, layer.k).panel);
+            column += part.num_rows;
+        }
+    }
+};
+
 // One dense layer of all pairs. A task is as many outputs as a micro-kernel takes of one row, or one panel where that
 // leaves threads idle.
 template <class Pairs>
@@ -172,13 +230,13 @@ static void multiply_pairs(const Pairs& pairs, const ExpertLinear& layer, const 
     const int64_t num_groups = (num_vectors + group - 1) / group;
     const bool parallel = routing.num_pairs * layer.n * layer.k >= kParallelProducts;
     const int64_t last = Pairs::kWholePanels ? num_vectors : (layer.n + kLanes - 1) / kLanes;
-    share_tasks(parallel, routing.num_runs * num_groups, [&](int64_t task, int64_t) {
+    share_tasks(parallel, routing.num_runs * num_groups, [&](int64_t task, int64_t thread) {
         const ExpertRun& run = routing.runs[task / num_groups];
         const int64_t begin = task % num_groups * group, end = min_of(last, begin + group);
         // A panel stays in a core's cache while several tiles use it; a single tile takes all vectors at once.
         const int64_t step = run.count > Pairs::kTileRows ? kVectorsPerPanel : group;
         for (int64_t vector = begin; vector < end; vector += step)
-            pairs.multiply(layer, run, out, vector, min_of(end, vector + step));
+            pairs.multiply(layer, run, out, vector, min_of(end, vector + step), thread);
     });
 }
 
@@ -241,8 +299,8 @@ static auto with_pairs(ExpertFormat format, const With& with) {
         case ExpertFormat::bfloat16: return with.template operator()<FloatPairs<BFloat>>();
         case ExpertFormat::bits8: return with.template operator()<BytePairs<Bits8>>();
         case ExpertFormat::bits4: return with.template operator()<BytePairs<Bits4>>();
-        case ExpertFormat::mxfp4: return with.template operator()<FloatPairs<Mxfp4>>();
-        case ExpertFormat::mxfp4_of_bytes: return with.template operator()<BytePairs<BitsMxfp4>>();
+        case ExpertFormat::coded: return with.template operator()<CodedPairs>();
+        case ExpertFormat::blocks: return with.template operator()<BlockPairs>();
         case ExpertFormat::float32: break;
     }
     return with.template operator()<FloatPairs<float>>();

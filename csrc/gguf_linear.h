@@ -1,174 +1,415 @@
-// y = x . weight^T + bias with the weight in blocks of GGUF as the file has them, and every 32 inputs of a row of x brought
-// to 16 bits with a scale of their own: 8 bits would change tokens of models whose inputs have outliers, and 16 cost as
-// many instructions where bytes with a sign have to be widened anyway.
+// y = x . weight^T + bias with the weight in blocks of GGUF as the file has them.
 //
-// A thread unpacks a few rows of the weight to bytes, which stay in its first cache, and multiplies them with all rows of
-// x. Products are summed as integers inside a group, which is exact; the groups' sums are added as float32 in the order
-// of k in eight lanes, whatever the batch, the threads and the instruction set.
+// A thread unpacks a panel of outputs (gguf_blocks.h) into its caches and multiplies it with all rows of x, which are
+// integers of 8 bits with a scale for every 32 inputs. Where a group of a row stands out from the row, its rounding would
+// be felt in all outputs: it gets a second digit, which says what the first left, and is multiplied twice. A weight may
+// ask for both digits of every group: inputs of 15 bits.
+//
+// A pass is one digit of one group of inputs, of all rows of a tile. Products are summed as integers inside a pass, which
+// is exact; the passes' sums are added as float32 in the order of k. A pass that other rows of the tile need adds 0 to a
+// row, so a row's result has the same bits in every batch and with any number of threads.
 #pragma once
 
+#include "area.h"
+#include "byte_products.h"
 #include "gguf_blocks.h"
 #include "linear_input.h"
-#include "linear_low_bit.h"
+#include "linear.h"
+#include "parallel.h"
+#include "row_groups.h"
 
 namespace quire::QUIRE_ISA {
 
-constexpr int64_t kRun = 32;  // inputs of a row of x that share a scale
-constexpr int kBlockRows = 4, kBlockTokens = 2;
+constexpr int64_t kPassInputs = 32, kPassSteps = kPassInputs / 4;
+// A group stands out if its largest magnitude is more than so many times the root mean square of its row.
+constexpr float kStandsOut = 4.0f;
+// What a digit leaves is at most half of its unit: 127 of the next one's.
+constexpr float kSecondDigit = 1.0f / 254.0f;
 
-// Vectors of eight lanes are two registers where there is no AVX; functions on them are always inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef int32_t Ints8 __attribute__((vector_size(32)));
-
-// Products of 16 weights with 16 inputs; each lane has those of two neighbours.
-QUIRE_INLINE Ints8 products(const int8_t* w, const int16_t* x) {
-#if defined(__AVX2__)
-    const __m256i weight = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-    return (Ints8)_mm256_madd_epi16(weight, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-#else
-    Ints8 sums{};
-    for (int lane = 0; lane < 8; ++lane) sums[lane] = w[2 * lane] * x[2 * lane] + w[2 * lane + 1] * x[2 * lane + 1];
-    return sums;
-#endif
-}
-
-QUIRE_INLINE float sum_of(const Floats8& v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
-
-// Rows of x in 16 bits.
-struct RunsOfWords {
-    int16_t* words;  // [m, k]
-    float* scales;   // [m, k / 32]
-    float* halves;   // [m, k / 16]: the sum of every 16 words times their scale
-    int64_t k;
-
-    RunsOfWords from(int64_t row) const { return {words + row * k, scales + row * (k / kRun), halves + row * (k / 16), k}; }
+// One row's part of a pass.
+struct RowPass {
+    float scale;
+    int32_t sums[2];  // of each 16 of its integers
+    int32_t sum;
 };
 
-// One row of x. A run with an infinity or a NaN gets a NaN for its scale, and so the row for its results.
-static void quantize_runs(const float* x, const RunsOfWords& to) {
-    for (int64_t run = 0; run < to.k / kRun; ++run) {
-        const float* from = x + run * kRun;
-        int16_t* words = to.words + run * kRun;
-        int32_t largest = 0;
-        for (int i = 0; i < kRun; ++i) {
-            const int32_t bits = int32_t(as_bits(from[i]) & 0x7fffffff);  // NaN is larger than all
-            largest = bits > largest ? bits : largest;
+// Rows of x in passes. A tile of rows has the room of its rows, in which [pass][row of the tile] follow each other.
+struct BlockRows {
+    int32_t* words;     // [pass][kPassSteps][row]: four inputs
+    RowPass* of_rows;   // [pass][row]
+    int32_t* groups;    // [pass]: its group of inputs
+    int32_t* num_passes;
+    int64_t num_groups;
+
+    // Every group may need both digits.
+    BlockRows(int64_t rows, int64_t k, Area& area) : num_groups(k / kPassInputs) {
+        words = area.take<int32_t>(rows * 2 * num_groups * kPassSteps);
+        of_rows = area.take<RowPass>(rows * 2 * num_groups);
+        groups = area.take<int32_t>(rows * 2 * num_groups);
+        num_passes = area.take<int32_t>(rows);
+    }
+    BlockRows(const BlockRows& from, int64_t row) : BlockRows(from) {
+        words += row * 2 * num_groups * kPassSteps;
+        of_rows += row * 2 * num_groups;
+        groups += row * 2 * num_groups;
+        num_passes += row;
+    }
+};
+
+// The digits of the rows of one tile, as they are made.
+struct Digits {
+    struct Group {
+        RowPass first, second;
+        bool stands_out;
+    };
+    int8_t *first, *second;  // [row][k]
+    Group* groups;           // [row][group]
+
+    Digits(int64_t k, Area& area)
+        : first(area.take<int8_t>(kRowsOfBytes * k)),
+          second(area.take<int8_t>(kRowsOfBytes * k)),
+          groups(area.take<Group>(kRowsOfBytes * (k / kPassInputs))) {}
+};
+
+QUIRE_INLINE void put_bytes(int8_t* to, IntVec integers) {
+    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+    const Bytes bytes = __builtin_convertvector(integers, Bytes);
+    memcpy(to, &bytes, sizeof bytes);
+}
+
+// One digit of `numbers`, which are made smaller by what it says.
+QUIRE_INLINE RowPass take_digit(Vec* numbers, float scale, int8_t* to) {
+    constexpr int kVectors = kPassInputs / kLanes;
+    RowPass pass{scale, {0, 0}, 0};
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+        const IntVec integers = nearest(numbers[i]);
+        numbers[i] -= __builtin_convertvector(integers, Vec);
+        put_bytes(to + i * kLanes, integers);
+        int32_t sum = 0;
+        for (int lane = 0; lane < kLanes; ++lane) sum += integers[lane];
+        pass.sums[i * kLanes / 16] += sum;
+    }
+    pass.sum = pass.sums[0] + pass.sums[1];
+    return pass;
+}
+
+// A group with an infinity or a NaN gets a NaN for its scale, and so the row for its results.
+static void make_digits(const float* x, int64_t k, bool both, int8_t* first, int8_t* second, Digits::Group* groups) {
+    constexpr int kVectors = kPassInputs / kLanes;
+    Vec squares{};
+    for (int64_t i = 0; i < k; i += kLanes) squares += load(x + i) * load(x + i);
+    const float usual = kStandsOut * sqrtf(sum(squares) / float(k));
+    for (int64_t g = 0; g < k / kPassInputs; ++g, x += kPassInputs, first += kPassInputs, second += kPassInputs) {
+        // Compared as integers, magnitudes keep their order, and NaN is larger than all.
+        IntVec magnitudes{};
+        for (int i = 0; i < kVectors; ++i) {
+            const IntVec bits = (IntVec)load(x + i * kLanes) & 0x7fffffff;
+            magnitudes = bits > magnitudes ? bits : magnitudes;
         }
+        int32_t largest = 0;
+        for (int i = 0; i < kLanes; ++i) largest = magnitudes[i] > largest ? magnitudes[i] : largest;
         const bool finite = largest < 0x7f800000;
         const float magnitude = as_float(uint32_t(largest));
-        const float inverse = finite && magnitude >= 0x1p-100f ? 32767.0f / magnitude : 0.0f;
-        const float scale = finite ? magnitude / 32767.0f : as_float(0x7fc00000);
-        to.scales[run] = scale;
-        for (int i = 0; i < kRun; i += kLanes) {
-            typedef int16_t Words __attribute__((vector_size(kLanes * 2)));
-            const IntVec rounded = finite ? nearest(load(from + i) * inverse) : IntVec{};
-            const Words narrow = __builtin_convertvector(rounded, Words);
-            memcpy(words + i, &narrow, sizeof narrow);
+        const float inverse = finite && magnitude >= kSmallestMagnitude ? 127.0f / magnitude : 0.0f;
+        const float scale = finite ? magnitude / 127.0f : as_float(0x7fc00000);
+        Vec numbers[kVectors];
+        for (int i = 0; i < kVectors; ++i) numbers[i] = finite ? load(x + i * kLanes) * inverse : Vec{};
+        Digits::Group& group = groups[g];
+        group.first = take_digit(numbers, scale, first);
+        group.stands_out = both || magnitude > usual;
+        if (group.stands_out) {
+            for (int i = 0; i < kVectors; ++i) numbers[i] *= 254.0f;
+            group.second = take_digit(numbers, scale * kSecondDigit, second);
+        } else {
+            group.second = {};
+            memset(second, 0, kPassInputs);
         }
-        int32_t sums[2] = {0, 0};
-        for (int i = 0; i < kRun; ++i) sums[i / 16] += words[i];
-        to.halves[2 * run] = float(sums[0]) * scale;
-        to.halves[2 * run + 1] = float(sums[1]) * scale;
     }
 }
 
-// Unpacked rows of the weight.
-struct UnpackedRows {
-    int8_t* bytes;   // [rows, k]
-    float* scales;   // [rows, k / 16]; a type with groups of 32 uses the first half
-    float* offsets;  // the same
+// The passes of a tile, made of the digits of its rows. `row(r)` is where row r lies.
+template <class Row>
+static void make_passes(int64_t rows, int64_t k, bool both, const Digits& digits, const BlockRows& to, const Row& row) {
+    for (int64_t r = 0; r < rows; ++r)
+        make_digits(row(r), k, both, digits.first + r * k, digits.second + r * k, digits.groups + r * to.num_groups);
+    int32_t num = 0;
+    for (int64_t g = 0; g < to.num_groups; ++g) {
+        const auto add = [&](const int8_t* bytes, auto pass_of) {
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t step = 0; step < kPassSteps; ++step)
+                    memcpy(to.words + (num * kPassSteps + step) * rows + r, bytes + r * k + g * kPassInputs + 4 * step, 4);
+                to.of_rows[num * rows + r] = pass_of(digits.groups[r * to.num_groups + g]);
+            }
+            to.groups[num++] = int32_t(g);
+        };
+        add(digits.first, [](const Digits::Group& group) { return group.first; });
+        bool stands_out = false;
+        for (int64_t r = 0; r < rows; ++r) stands_out |= digits.groups[r * to.num_groups + g].stands_out;
+        if (stands_out) add(digits.second, [](const Digits::Group& group) { return group.second; });
+    }
+    *to.num_passes = num;
+}
+
+// What a product needs to know of a type of blocks; many types share one. `steps` add up within 16 bits, two products each;
+// 0: codes have a sign, and sums have 32 bits at once.
+template <int group, int steps, bool has_offsets>
+struct ProductForm {
+    static constexpr bool kSigned = steps == 0, kOffsets = has_offsets;
+    static constexpr int kGroup = group, kStepsInWords = kSumsInWords ? steps : 0;
+
+    // Codes as the processor multiplies them.
+    static QUIRE_INLINE auto codes_at(const uint8_t* p) {
+        const IntVec four = load_words(p);
+        if constexpr (!kSigned) return Unsigned{four};
+#if defined(__AVX512VNNI__)
+        else return Unsigned{four ^ int32_t(0x80808080)};
+#else
+        else return Signed(four);
+#endif
+    }
+};
+template <class Block>
+constexpr int kStepsOf = Block::kLargest == 0 ? 0 : Block::kGroup == 16 ? 2 : Block::kLargest <= 15 ? 8 : 4;
+static_assert(8 * 2 * 15 * 127 < 32768 && 4 * 2 * 31 * 127 < 32768 && 2 * 2 * 63 * 127 < 32768);
+template <class Block>
+using FormOf = ProductForm<Block::kGroup, kStepsOf<Block>, Block::kOffsets>;
+// What is taken from every code.
+template <class Block>
+constexpr int32_t kTakenFromCodes = Block::kLargest > 0 ? Block::kZeroPoint : kSignedWeights ? 0 : 128;
+
+// A thread's room for a panel: kUnpackedLanes outputs after another.
+struct Panel {
+    uint8_t* codes;
+    float *scales, *offsets;
+    int64_t k;
+    int32_t taken = 0;  // from every code
+
+    Panel(int64_t k, Area& area)
+        : codes(area.take<uint8_t>(k * kPanel)),
+          scales(area.take<float>(k / 16 * kPanel)),
+          offsets(area.take<float>(k / 16 * kPanel)),
+          k(k) {}
+    QUIRE_INLINE UnpackedBlocks at(int64_t lane) const {
+        const int64_t lanes = lane / kUnpackedLanes, rest = lane % kUnpackedLanes, groups = k / 16 * kUnpackedLanes;
+        return {codes + lanes * k * kUnpackedLanes + rest * 4, scales + lanes * groups + rest, offsets + lanes * groups + rest};
+    }
 };
 
-template <class Block, int kRows, int kTokens>
-QUIRE_INLINE void multiply_block(const UnpackedRows& w, const RunsOfWords& x, float (&out)[kRows][kTokens]) {
-    const int64_t k = x.k;
-    Floats8 sums[kRows][kTokens] = {};
-    for (int64_t run = 0; run < k / kRun; ++run)
+// kRows rows of a tile times kWidth vectors of a panel's outputs; `left` of those outputs are there.
+template <class Form, int kRows, int kWidth>
+static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x, float* out, int64_t stride,
+                            const float* bias, int64_t left) {
+    constexpr int kHalves = kPassInputs / Form::kGroup, kSteps = Form::kGroup / 4;
+    constexpr int kRun = Form::kStepsInWords ? Form::kStepsInWords : kSteps;
+    Vec sums[kRows][kWidth] = {};
+    UnpackedBlocks w[kWidth];
+    for (int j = 0; j < kWidth; ++j) w[j] = panel.at(lane + j * kLanes);
+    const int32_t* words = x.words;
+    const RowPass* of_rows = x.of_rows;
+    for (int32_t pass = 0; pass < *x.num_passes; ++pass, of_rows += kRows) {
+        int64_t at = x.groups[pass] * kPassSteps * kUnpackedLanes * 4;
+        for (int half = 0; half < kHalves; ++half) {
+            IntVec acc[kRows][kWidth] = {};
+            for (int run = 0; run < kSteps; run += kRun) {
+                WordVec partial[kRows][kWidth] = {};
+#pragma GCC unroll 2
+                for (int step = 0; step < kRun; ++step, at += kUnpackedLanes * 4, words += kRows) {
+                    using Factor = decltype(Form::codes_at(w[0].codes));
+                    const auto add = [&](int r, int j, Factor weight, IntVec four) {
+                        if constexpr (Form::kStepsInWords) partial[r][j] += products(weight, four);
+                        else acc[r][j] = add_products(acc[r][j], weight, four);
+                    };
+                    if constexpr (kWidth == 2) {
+                        const Factor first = Form::codes_at(w[0].codes + at), second = Form::codes_at(w[1].codes + at);
+#pragma GCC unroll 14
+                        for (int r = 0; r < kRows; ++r) {
+                            const IntVec four = IntVec{} + words[r];
+                            add(r, 0, first, four);
+                            add(r, 1, second, four);
+                        }
+                    } else {
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-            const float* scale = w.scales + r * (k / 16) + run * (kRun / Block::kGroup);
+                        for (int j = 0; j < kWidth; ++j) {
+                            const Factor weight = Form::codes_at(w[j].codes + at);
+#pragma GCC unroll 14
+                            for (int r = 0; r < kRows; ++r) add(r, j, weight, IntVec{} + words[r]);
+                        }
+                    }
+                }
+                if constexpr (Form::kStepsInWords) {
+#pragma GCC unroll 14
+                    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-            for (int t = 0; t < kTokens; ++t) {
-                const int8_t* bytes = w.bytes + r * k + run * kRun;
-                const int16_t* words = x.words + t * k + run * kRun;
-                const float of_run = x.scales[t * (k / kRun) + run];
-                const Ints8 first = products(bytes, words), second = products(bytes + 16, words + 16);
-                if constexpr (Block::kGroup == 32) {
-                    sums[r][t] += __builtin_convertvector(first + second, Floats8) * (scale[0] * of_run);
-                } else {
-                    sums[r][t] += __builtin_convertvector(first, Floats8) * (scale[0] * of_run);
-                    sums[r][t] += __builtin_convertvector(second, Floats8) * (scale[1] * of_run);
+                        for (int j = 0; j < kWidth; ++j) acc[r][j] = add_pairs(acc[r][j], partial[r][j]);
+                }
+            }
+            const int64_t group = (x.groups[pass] * kHalves + half) * kUnpackedLanes;
+#pragma GCC unroll 14
+            for (int r = 0; r < kRows; ++r) {
+                const RowPass& of_row = of_rows[r];
+                const int32_t sum = kHalves == 1 ? of_row.sum : of_row.sums[half];
+                const IntVec taken = IntVec{} + sum * panel.taken;
+#pragma GCC unroll 4
+                for (int j = 0; j < kWidth; ++j) {
+                    sums[r][j] += __builtin_convertvector(acc[r][j] - taken, Vec) * (load(w[j].scales + group) * of_row.scale);
+                    if constexpr (Form::kOffsets) sums[r][j] += load(w[j].offsets + group) * (of_row.scale * float(sum));
                 }
             }
         }
+    }
+#pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r)
-        for (int t = 0; t < kTokens; ++t) {
-            float sum = sum_of(sums[r][t]);
-            if constexpr (Block::kOffsets) {
-                const float* offsets = w.offsets + r * (k / 16);
-                const float* halves = x.halves + t * (k / 16);
-                float lanes[8] = {};
-                for (int64_t i = 0; i < k / Block::kGroup; ++i)
-                    lanes[i % 8] += offsets[i] * (Block::kGroup == 16 ? halves[i] : halves[2 * i] + halves[2 * i + 1]);
-                for (int i = 0; i < 8; ++i) sum += lanes[i];
-            }
-            out[r][t] = sum;
+#pragma GCC unroll 4
+        for (int j = 0; j < kWidth; ++j) {
+            const int64_t lanes = min_of(left - j * kLanes, kLanes);
+            if (lanes <= 0) continue;
+            float* const to = out + r * stride + j * kLanes;
+            const Vec start = !bias ? Vec{} : lanes == kLanes ? load(bias + j * kLanes) : load_first(bias + j * kLanes, lanes);
+            const Vec result = start + sums[r][j];
+            if (lanes == kLanes) store(to, result);
+            else store_first(to, result, lanes);
         }
 }
 
-// Rows `begin` to `end` of one part of the weight, whose first output is column `column`.
-template <class Block, int kRows>
-static void multiply_rows(const BlockLinear& a, const BlockPart& part, int64_t row, int64_t column, const RunsOfWords& x,
-                          const UnpackedRows& w) {
-    for (int r = 0; r < kRows; ++r)
-        unpack_row<Block>(part.rows + (row + r) * part.row_bytes, a.k, w.bytes + r * a.k, w.scales + r * (a.k / 16),
-                          w.offsets + r * (a.k / 16));
-    const auto put = [&]<int kTokens>(int64_t token) {
-        float out[kRows][kTokens];
-        multiply_block<Block, kRows, kTokens>(w, x.from(token), out);
-        for (int r = 0; r < kRows; ++r)
-            for (int t = 0; t < kTokens; ++t)
-                a.out[(token + t) * a.n + column + row + r] = out[r][t] + (a.bias ? a.bias[column + row + r] : 0.0f);
+template <class Form, int kRows = kRowsOfBytes>
+static void multiply_panel(int64_t rows, const Panel& w, const BlockRows& x, float* out, int64_t stride,
+                              const float* bias, int64_t left) {
+    if constexpr (kRows > 1)
+        if (rows < kRows) return multiply_panel<Form, kRows - 1>(rows, w, x, out, stride, bias, left);
+    constexpr int kWidth = kLanes == 16 || (kLanes == 8 && kRows == 1) ? 1 : 2;
+    for (int64_t lane = 0; lane < left; lane += kWidth * kLanes)
+        multiply_passes<Form, kRows, kWidth>(w, lane, x, out + lane, stride, bias ? bias + lane : nullptr, left - lane);
+}
+
+// Where a product's results go: column 0 of its first row, the distance of rows, and the bias of column 0.
+struct BlockOutputs {
+    float* out;
+    int64_t stride;
+    const float* bias;
+};
+
+template <class Block>
+static void multiply_blocks_of(const BlockPart& part, int64_t begin, int64_t end, int64_t k, const BlockRows& x, int64_t m,
+                               const BlockOutputs& to, Panel panel) {
+    panel.taken = kTakenFromCodes<Block>;
+    // One row of x reads a panel once, so that a part of it in the first cache is enough; more rows take wider vectors.
+    const int64_t step = m == 1 ? kUnpackedLanes : kPanel, num_tiles = (m + kRowsOfBytes - 1) / kRowsOfBytes;
+    for (int64_t row = begin; row < end; row += step) {
+        const int64_t left = min_of(end - row, step);
+        for (int64_t lane = 0; lane < left; lane += kRowsTogether) {
+            const uint8_t* rows[kRowsTogether];
+            for (int r = 0; r < kRowsTogether; ++r)
+                rows[r] = part.rows + min_of(row + lane + r, end - 1) * part.row_bytes;
+            unpack_rows<Block>(rows, k, panel.at(lane));
+        }
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const int64_t first = tile * m / num_tiles, count = (tile + 1) * m / num_tiles - first;
+            multiply_panel<FormOf<Block>>(count, panel, BlockRows(x, first), to.out + first * to.stride + row - begin, to.stride,
+                                  to.bias ? to.bias + row - begin : nullptr, left);
+        }
+    }
+}
+
+// Rows `begin` to `end` of a weight, whose results go to the columns of `to`, times m rows of x in tiles.
+static void multiply_blocks(const BlockPart& part, int64_t begin, int64_t end, int64_t k, const BlockRows& x, int64_t m,
+                            const BlockOutputs& to, const Panel& panel) {
+    with_block(part.type, [&]<class Block>() { multiply_blocks_of<Block>(part, begin, end, k, x, m, to, panel); });
+}
+
+// Scratch of a product: rows of x; and for each thread a row as it is made, digits of a tile, and a panel.
+struct BlockAreas {
+    BlockRows rows;
+    struct OfThread {
+        float* made;
+        Digits digits;
+        Panel panel;
+        OfThread(int64_t k, Area& area) : made(area.take<float>(k)), digits(k, area), panel(k, area) {}
     };
-    int64_t token = 0;
-    for (; token + kBlockTokens <= a.m; token += kBlockTokens) put.template operator()<kBlockTokens>(token);
-    for (; token < a.m; ++token) put.template operator()<1>(token);
-}
+    int64_t thread_bytes;
+    char* of_threads;
 
-// Floats of scratch: rows of x in 16 bits; and for each thread a row as it is made, and unpacked rows of the weight.
-static int64_t blocks_scratch(int64_t m, int64_t k, int64_t threads) {
-    return m * (k / 2 + k / kRun + k / 16) + threads * (k + kBlockRows * (k / 4 + 2 * (k / 16)));
-}
+    // With room for layers of up to k inputs.
+    BlockAreas(int64_t m, int64_t k, Area& area) : rows(m, k, area) {
+        Area counted{nullptr};
+        OfThread one(k, counted);
+        thread_bytes = counted.used;
+        of_threads = area.take<char>(thread_bytes * num_threads());
+    }
+    BlockRows rows_from(int64_t row, int64_t k) const {
+        BlockRows of_layer = rows;
+        of_layer.num_groups = k / kPassInputs;
+        return BlockRows(of_layer, row);
+    }
+    OfThread of(int64_t thread, int64_t k) const {
+        Area area{of_threads + thread * thread_bytes};
+        return OfThread(k, area);
+    }
+};
 
-QUIRE_INLINE int64_t blocks_of(const BlockPart& part) { return (part.num_rows + kBlockRows - 1) / kBlockRows; }
+// Bytes.
+static int64_t blocks_scratch(int64_t m, int64_t k) {
+    Area counted{nullptr};
+    BlockAreas areas(m, k, counted);
+    return counted.used;
+}
 
 static void linear_blocks(const BlockLinear& a) {
-    const int64_t k = a.k;
-    const RunsOfWords x{reinterpret_cast<int16_t*>(a.scratch), a.scratch + a.m * (k / 2),
-                        a.scratch + a.m * (k / 2 + k / kRun), k};
-    float* const of_threads = x.halves + a.m * (k / 16);
-    const int64_t words_of_thread = k + kBlockRows * (k / 4 + 2 * (k / 16));
-    const bool parallel = a.m * a.n * k >= kParallelProducts;
-    share_tasks(parallel, a.m, [&](int64_t row, int64_t thread) {
-        quantize_runs(input_row(a.x, row, k, of_threads + thread * words_of_thread), x.from(row));
+    Area area{a.scratch};
+    const BlockAreas areas(a.m, a.k, area);
+    const int64_t num_tiles = (a.m + kRowsOfBytes - 1) / kRowsOfBytes;
+    const bool parallel = a.m * a.n * a.k >= kParallelProducts;
+    share_tasks(parallel, num_tiles, [&](int64_t tile, int64_t thread) {
+        const int64_t first = tile * a.m / num_tiles, count = (tile + 1) * a.m / num_tiles - first;
+        const BlockAreas::OfThread own = areas.of(thread, a.k);
+        make_passes(count, a.k, a.both_digits, own.digits, areas.rows_from(first, a.k),
+                    [&](int64_t r) { return input_row(a.x, first + r, a.k, own.made); });
     });
-    int64_t num_blocks = 0;
-    for (int64_t p = 0; p < a.num_parts; ++p) num_blocks += blocks_of(a.parts[p]);
-    share_tasks(parallel, num_blocks, [&](int64_t block, int64_t thread) {
+    const auto panels_of = [](const BlockPart& part) { return (part.num_rows + kPanel - 1) / kPanel; };
+    int64_t num_panels = 0;
+    for (int64_t p = 0; p < a.num_parts; ++p) num_panels += panels_of(a.parts[p]);
+    share_tasks(parallel, num_panels, [&](int64_t panel, int64_t thread) {
         const BlockPart* part = a.parts;
         int64_t column = 0;
-        for (; block >= blocks_of(*part); ++part) {
-            block -= blocks_of(*part);
+        for (; panel >= panels_of(*part); ++part) {
+            panel -= panels_of(*part);
             column += part->num_rows;
         }
-        float* const unpacked = of_threads + thread * words_of_thread + k;
-        const UnpackedRows w{reinterpret_cast<int8_t*>(unpacked), unpacked + kBlockRows * (k / 4),
-                             unpacked + kBlockRows * (k / 4 + k / 16)};
-        const int64_t row = block * kBlockRows, end = min_of(row + kBlockRows, part->num_rows);
-        with_block(part->type, [&]<class Block>() {
-            if (end - row == kBlockRows) return multiply_rows<Block, kBlockRows>(a, *part, row, column, x, w);
-            for (int64_t one = row; one < end; ++one) multiply_rows<Block, 1>(a, *part, one, column, x, w);
+        const int64_t row = panel * kPanel;
+        column += row;
+        const BlockOutputs to{a.out + column, a.n, a.bias ? a.bias + column : nullptr};
+        multiply_blocks(*part, row, min_of(row + kPanel, part->num_rows), a.k, areas.rows, a.m, to, areas.of(thread, a.k).panel);
+    });
+}
+
+// Rows of the weight as floats. `scratch`: what `gather_scratch` says.
+static int64_t gather_scratch(int64_t k) {
+    Area counted{nullptr};
+    Panel panel(k, counted);
+    return num_threads() * counted.used;
+}
+
+static void gather_rows_blocks(const BlockPart& from, int64_t k, const int32_t* ids, int64_t count, float* out,
+                               char* scratch) {
+    const int64_t num_runs = (count + kRowsTogether - 1) / kRowsTogether;
+    share_tasks(count * k >= kParallelElements, num_runs, [&](int64_t run, int64_t thread) {
+        Area area{scratch + thread * (gather_scratch(k) / num_threads())};
+        const Panel panel(k, area);
+        const int64_t begin = run * kRowsTogether, end = min_of(count, begin + kRowsTogether);
+        const uint8_t* rows[kRowsTogether];
+        for (int r = 0; r < kRowsTogether; ++r)
+            rows[r] = from.rows + ids[min_of(begin + r, end - 1)] * from.row_bytes;
+        with_block(from.type, [&]<class Block>() {
+            const UnpackedBlocks unpacked = panel.at(0);
+            unpack_rows<Block>(rows, k, unpacked);
+            for (int64_t i = begin; i < end; ++i)
+                for (int64_t j = 0; j < k; ++j) {
+                    const int64_t lane = i - begin, group = j / Block::kGroup * kUnpackedLanes + lane;
+                    const uint8_t code = unpacked.codes[(j / 4 * kUnpackedLanes + lane) * 4 + j % 4];
+                    const int number = Block::kLargest > 0 ? int(code) - Block::kZeroPoint : int8_t(code);
+                    const float scaled = float(number) * unpacked.scales[group];
+                    out[i * k + j] = Block::kOffsets ? scaled + unpacked.offsets[group] : scaled;
+                }
         });
     });
 }

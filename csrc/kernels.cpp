@@ -41,6 +41,7 @@ extern const Kernels kernels = {
     .gather_rows_quantized = gather_rows_quantized,
     .blocks_scratch = blocks_scratch,
     .linear_blocks = linear_blocks,
+    .gather_scratch = gather_scratch,
     .gather_rows_blocks = gather_rows_blocks,
     .add_lora = add_lora,
     .attention_scratch = attention_scratch,

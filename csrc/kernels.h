@@ -112,7 +112,6 @@ struct Linear {
     float* out;         // [m, n], contiguous
     float* scratch;     // m * k floats, twice as many if the input is made
     int64_t m, n, k;
-    const uint8_t* scales;  // of MXFP4 weights, which only experts have
 };
 
 // Inputs of low-bit weights are taken in pairs of steps of four; rows are padded to whole pairs.
@@ -146,7 +145,7 @@ struct LowBitWeight {
 struct LowBitLinear {
     LinearInput x;
     const uint8_t* weight;
-    const void* scales;  // as in LowBitWeight; of MXFP4 bytes
+    const void* scales;  // as in LowBitWeight
     int bits;
     int64_t group;
     bool rotates;
@@ -197,15 +196,16 @@ struct BlockLinear {
     LinearInput x;
     const BlockPart* parts;  // whose outputs lie side by side
     int64_t num_parts;
+    bool both_digits;   // of every group of x, not only of those that stand out (gguf_linear.h)
     const float* bias;  // [n] or null
     float* out;         // [m, n], contiguous
-    float* scratch;     // what blocks_scratch says
+    char* scratch;      // what blocks_scratch says, on a cache line
     int64_t m, n, k;    // k is a multiple of 32
 };
 
-// How a dense layer of experts is stored: floats, or few bits in the layout of linear_low_bit.h. `mxfp4_of_bytes` is the
-// same weight as `mxfp4`, multiplied with inputs of 8 bits.
-enum class ExpertFormat : uint8_t { float32, float16, bfloat16, bits8, bits4, mxfp4, mxfp4_of_bytes };
+// How a dense layer of experts is stored: floats, few bits in the layout of linear_low_bit.h or of coded_linear.h, or
+// blocks of GGUF.
+enum class ExpertFormat : uint8_t { float32, float16, bfloat16, bits8, bits4, coded, blocks };
 
 // The dense layers of one shape of all experts. Their packed weights follow each other.
 struct ExpertLinear {
@@ -217,6 +217,11 @@ struct ExpertLinear {
     bool rotates;
     const float* bias;     // [experts, n] or null
     int64_t n, k;
+    CodedWeight coded;      // of the first expert; weight_bytes and scale_bytes lead to the next
+    const int32_t* order;   // of codes: [experts, k], as in CodedLinear, or null
+    const BlockPart* parts; // of blocks: of the first expert. The rows of the next follow each part's
+    int64_t num_parts;
+    bool both_digits;       // as in BlockLinear
 };
 
 // Adds to each token's row of `out` the outputs of the experts that it was sent to, each times its weight.
@@ -291,11 +296,12 @@ struct Kernels {
     void (*experts)(const Experts& experts);
     void (*gather_rows)(const void* packed, Element element, int64_t k, const int32_t* ids, int64_t count, float* out);
     void (*gather_rows_quantized)(const LowBitWeight& from, int64_t k, const int32_t* ids, int64_t count, float* out);
-    int64_t (*blocks_scratch)(int64_t m, int64_t k, int64_t threads);  // floats
+    int64_t (*blocks_scratch)(int64_t m, int64_t k);  // bytes
     void (*linear_blocks)(const BlockLinear& linear);
-    // `scratch`: for each thread k / 4 + k / 8 floats.
+    int64_t (*gather_scratch)(int64_t k);  // bytes
+    // `scratch` is on a cache line.
     void (*gather_rows_blocks)(const BlockPart& from, int64_t k, const int32_t* ids, int64_t count, float* out,
-                               float* scratch);
+                               char* scratch);
     void (*add_lora)(const Lora& lora);
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);

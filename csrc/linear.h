@@ -13,7 +13,6 @@
 
 #include "kernels.h"
 #include "linear_input.h"
-#include "mxfp4.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -30,14 +29,13 @@ constexpr int64_t kTilesPerThread = 4;
 // Inputs are rearranged in runs of this many steps, so that few rows keep all threads busy too.
 constexpr int64_t kInputRun = 256;
 
-// Steps along k whose weights lie side by side, and the elements that hold them for one output.
-template <class T> constexpr int64_t kStepsTogether = std::is_same_v<T, BFloat> ? 2 : std::is_same_v<T, Mxfp4> ? 8 : 1;
-template <class T> constexpr int64_t kElementsTogether = std::is_same_v<T, Mxfp4> ? 1 : kStepsTogether<T>;
+// Steps along k whose weights lie side by side.
+template <class T> constexpr int64_t kStepsTogether = std::is_same_v<T, BFloat> ? 2 : 1;
 
 // Where a panel holds the weight of a step along k for its first output; also its size, for k in whole steps together.
 template <class T>
 QUIRE_INLINE int64_t in_panel(int64_t k) {
-    return k / kStepsTogether<T> * kElementsTogether<T> * kPanel + k % kStepsTogether<T>;
+    return k / kStepsTogether<T> * kStepsTogether<T> * kPanel + k % kStepsTogether<T>;
 }
 
 // A vector of weights for one step along k.
@@ -47,9 +45,6 @@ QUIRE_INLINE Vec load_weights(const BFloat* from, int64_t k) {
     const IntVec pairs = load_words(from + k / 2 * 2 * kPanel);
     return (Vec)(k % 2 ? pairs & int32_t(0xffff0000) : pairs << 16);
 }
-
-// A block of MXFP4 keeps its scales in registers too.
-template <class T> constexpr int kMostVectors = std::is_same_v<T, Mxfp4> ? 4 : 8;
 
 // What a micro-kernel needs of its place in the product.
 struct Place {
@@ -83,7 +78,7 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
     const T* weights[kWidth];
     for (int j = 0; j < kWidth; ++j) {
         const int64_t panel = (vector + j) / kVectorsPerPanel, lane = (vector + j) % kVectorsPerPanel * kLanes;
-        weights[j] = static_cast<const T*>(a.weight) + panel * panel_size + in_panel<T>(place.k_begin) + lane * kElementsTogether<T>;
+        weights[j] = static_cast<const T*>(a.weight) + panel * panel_size + in_panel<T>(place.k_begin) + lane * kStepsTogether<T>;
     }
     const int64_t depth = place.k_end - place.k_begin, share = kPanel * sizeof(T) / place.num_tiles;
     const char* ahead = reinterpret_cast<const char*>(weights[0] + panel_size) + place.tile * depth * share;
@@ -101,26 +96,6 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
                 const IntVec x = kRows > 1 ? broadcast_word(pairs + r) : broadcast_pair(k + 1 < depth ? row + k : last);
 #pragma GCC unroll 8
                 for (int j = 0; j < kWidth; ++j) acc[r][j] = add_products(acc[r][j], weight[j], x);
-            }
-        }
-    } else if constexpr (std::is_same_v<T, Mxfp4>) {
-        inputs += place.k_begin * kRows;
-        const int64_t num_blocks = a.k / kMxfp4Block;
-        for (int64_t k = 0; k < depth; k += kMxfp4Block) {
-            Vec scale[kWidth];
-            for (int j = 0; j < kWidth; ++j) {
-                const int64_t panel = (vector + j) / kVectorsPerPanel, lane = (vector + j) % kVectorsPerPanel * kLanes;
-                scale[j] = powers_of_two(a.scales + (panel * num_blocks + (place.k_begin + k) / kMxfp4Block) * kPanel + lane);
-            }
-            for (int64_t eight = k; eight < k + kMxfp4Block; eight += 8, inputs += 8 * kRows) {
-#pragma GCC unroll 8
-                for (int64_t step = 0; step < 8; ++step)
-#pragma GCC unroll 4
-                    for (int j = 0; j < kWidth; ++j) {
-                        const Vec weight = e2m1(load_words(weights[j] + in_panel<T>(eight)) >> mxfp4_shift(step)) * scale[j];
-#pragma GCC unroll 14
-                        for (int r = 0; r < kRows; ++r) acc[r][j] += weight * inputs[step * kRows + r];
-                    }
             }
         }
     } else {
@@ -157,7 +132,7 @@ static void multiply_tile(int64_t rows, const Linear& a, const float* inputs, fl
     if constexpr (kRows > 1)
         if (rows < kRows) return multiply_tile<T, kRows - 1>(rows, a, inputs, out, vector, vector_end, place);
     const auto run = [&]<int kWidth>() {
-        if constexpr ((kRows * kWidth <= kAccumulators || kWidth == 1) && kWidth <= kMostVectors<T>)
+        if constexpr (kRows * kWidth <= kAccumulators || kWidth == 1)
             for (; vector + kWidth <= vector_end; vector += kWidth)
                 multiply_vectors<T, kRows, kWidth>(a, inputs, out, vector, place);
     };

@@ -10,13 +10,11 @@
 //   8 bits  [k / 8][2][kPanel][4]   bytes q + 128, for s q
 //   4 bits  [k / 8][kPanel][4]      q from 0 to 15, for s q + offset; the first step in the low half of each byte, the
 //                                   second in the high half; s and the offset are multiples of the output's units
-//   MXFP4   the same, of codes that a table turns into twice the weight plus 12 (mxfp4.h); groups of 32
 #pragma once
 
 #include "byte_products.h"
 #include "kernels.h"
 #include "linear.h"
-#include "mxfp4.h"
 #include "parallel.h"
 #include "row_groups.h"
 #include "simd.h"
@@ -107,26 +105,6 @@ struct Bits4 {
         return {(load_bytes(pair) >> (4 * half)) & 0x0f0f0f0f};
     }
 };
-struct BitsMxfp4 {
-    struct Scales {
-        const uint8_t* exponents;
-        Scales(const void* scales, int64_t panel, int64_t lane, int64_t num_groups)
-            : exponents(static_cast<const uint8_t*>(scales) + panel * num_groups * kPanel + lane) {}
-        QUIRE_INLINE GroupScales at(int64_t group) const {
-            return {powers_of_two(exponents + group * kPanel) * 0.5f, Vec{}};
-        }
-    };
-    static constexpr bool kHasOffset = false;
-    static constexpr int64_t kPairBytes = kStepBytes;
-    static constexpr int32_t kZeroPoint = 12;
-    // 8 products of at most 24 * 127.
-    static constexpr int64_t kPairsInWords = kSumsInWords ? 2 : 0;
-    template <int half>
-    static QUIRE_INLINE Unsigned factor(const uint8_t* pair) {
-        return {doubled_e2m1((load_bytes(pair) >> (4 * half)) & 0x0f0f0f0f)};
-    }
-};
-
 // Rows of x in 8 bits: tiles of rows, in each [k / 4][rows of the tile] words of four inputs, zeros past the last.
 struct RowsOfBytes {
     int32_t* words;

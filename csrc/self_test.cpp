@@ -45,8 +45,7 @@ struct Product {
     bool of_floats(const Kernels& kernels, Element element) {
         std::vector<float> packed(kPanels * kPanel * kInputs);  // what the largest type takes
         kernels.pack_linear(weight.data(), Element::float32, kOutputs, kInputs, packed.data(), element, 0);
-        kernels.linear({input(), packed.data(), element, nullptr, out.data(), scratch.data(), kRows, kOutputs, kInputs,
-                        nullptr});
+        kernels.linear({input(), packed.data(), element, nullptr, out.data(), scratch.data(), kRows, kOutputs, kInputs});
         return out == expected;
     }
 
@@ -61,14 +60,15 @@ struct Product {
     }
 };
 
-// Experts in MXFP4. The gate lets every input pass as it is, so that what down multiplies are whole numbers again.
-bool multiplies_mxfp4(const Kernels& kernels, ExpertFormat format) {
-    constexpr int64_t kWidth = 64, kPairBytes = kPanel * 4, kPanelBytes = kWidth / 8 * kPairBytes;
+// Experts in blocks of MXFP4. The gate lets every input pass as it is, so that what down multiplies are whole numbers again.
+bool multiplies_blocks(const Kernels& kernels) {
+    constexpr int64_t kWidth = 64, kBlockBytes = 17, kRowBytes = kWidth / 32 * kBlockBytes;
     const float numbers[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
-    std::vector<uint8_t> gate_up(2 * kWidth / kPanel * kPanelBytes), down(kWidth / kPanel * kPanelBytes);
-    const std::vector<uint8_t> scales(2 * kWidth * kWidth / 32, 127);  // 2^0
-    const auto put = [&](std::vector<uint8_t>& packed, int64_t row, int64_t k, int code) {
-        packed[row / kPanel * kPanelBytes + k / 8 * kPairBytes + row % kPanel * 4 + k % 4] |= code << (k / 4 % 2 * 4);
+    std::vector<uint8_t> gate_up(2 * kWidth * kRowBytes), down(kWidth * kRowBytes);
+    for (auto* blocks : {&gate_up, &down})
+        for (size_t i = 0; i < blocks->size(); i += kBlockBytes) (*blocks)[i] = 127;  // 2^0
+    const auto put = [&](std::vector<uint8_t>& rows, int64_t row, int64_t k, int code) {
+        rows[row * kRowBytes + k / 32 * kBlockBytes + 1 + k % 16] |= code << (k / 16 % 2 * 4);
     };
     std::vector<float> x, expected(kRows * kWidth), out(kRows * kWidth);
     // The first lets gates pass; the second of every 32 makes a group's scale 1.
@@ -88,9 +88,17 @@ bool multiplies_mxfp4(const Kernels& kernels, ExpertFormat format) {
     }
     const std::vector<int32_t> chosen(kRows);
     const std::vector<float> weights(kRows, 1.0f);
-    const auto linear = [&](std::vector<uint8_t>& packed, int64_t n) {
-        return ExpertLinear{reinterpret_cast<char*>(packed.data()), 0, reinterpret_cast<const char*>(scales.data()), 0,
-                            32, false, nullptr, n, kWidth};
+    const auto part = [&](const std::vector<uint8_t>& rows) {
+        return BlockPart{rows.data(), kRowBytes, int64_t(rows.size()) / kRowBytes, BlockType::mxfp4};
+    };
+    const BlockPart parts[] = {part(gate_up), part(down)};
+    const auto linear = [&](const BlockPart& of_layer) {
+        ExpertLinear layer{};
+        layer.parts = &of_layer;
+        layer.num_parts = 1;
+        layer.n = of_layer.num_rows;
+        layer.k = kWidth;
+        return layer;
     };
     Experts a{};
     a.x = {x.data(), kWidth};
@@ -98,10 +106,10 @@ bool multiplies_mxfp4(const Kernels& kernels, ExpertFormat format) {
     a.num_experts = a.num_active = 1;
     a.chosen = chosen.data();
     a.weights = weights.data();
-    a.format = format;
+    a.format = ExpertFormat::blocks;
     a.gate = InputOp::relu;
-    a.gate_up = linear(gate_up, 2 * kWidth);
-    a.down = linear(down, kWidth);
+    a.gate_up = linear(parts[0]);
+    a.down = linear(parts[1]);
     a.out = {out.data(), kWidth};
     std::vector<char> scratch(kernels.experts_scratch(a));
     a.scratch = scratch.data();
@@ -152,8 +160,7 @@ const char* wrong_result(const Kernels& kernels) {
     if (!product.of_floats(kernels, Element::bfloat16)) return "a product with bfloat16 weights";
     if (!product.of_bits(kernels, 8, 64)) return "a product with int8 weights";
     if (!Product(7, -8).of_bits(kernels, 4, 32)) return "a product with int4 weights";
-    if (!multiplies_mxfp4(kernels, ExpertFormat::mxfp4)) return "experts with MXFP4 weights";
-    if (!multiplies_mxfp4(kernels, ExpertFormat::mxfp4_of_bytes)) return "experts with MXFP4 weights and int8 rows";
+    if (!multiplies_blocks(kernels)) return "experts in blocks of GGUF";
     if (!attends(kernels, KVElement::float32)) return "attention over float32";
     if (!attends(kernels, KVElement::float16)) return "attention over float16";
     if (!attends(kernels, KVElement::bfloat16)) return "attention over bfloat16";

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 from safetensors.numpy import load_file
 
-ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3"}
+ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "mixtral": "llama"}
 TENSORS = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -28,7 +29,10 @@ TENSORS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "block_sparse_moe.gate": "ffn_gate_inp",
 }
+EXPERTS = {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
+"""Matrices of one expert, which llama.cpp stacks."""
 
 
 def main() -> None:
@@ -37,8 +41,16 @@ def main() -> None:
     writer: Any = gguf.GGUFWriter(target, ARCHITECTURES[config["model_type"]])
     add_shape(writer, source.name, config)
     add_tokenizer(writer, json.loads((source / "tokenizer.json").read_text()), config)
+    stacks: dict[str, dict[int, Any]] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        writer.add_tensor(gguf_name(name), in_gguf_order(name, tensor, config))
+        if ".experts." in name:
+            scope, _, rest = name.partition(".block_sparse_moe.experts.")
+            index, part, _ = rest.split(".")
+            stacks.setdefault(f"blk.{scope.rsplit('.', 1)[1]}.{EXPERTS[part]}.weight", {})[int(index)] = tensor
+        else:
+            writer.add_tensor(gguf_name(name), in_gguf_order(name, tensor, config))
+    for name, experts in stacks.items():
+        writer.add_tensor(name, np.stack([experts[index] for index in sorted(experts)]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -59,6 +71,9 @@ def add_shape(writer: Any, name: str, config: dict[str, Any]) -> None:
         add(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "num_local_experts" in config:
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
 
 
 def add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
@@ -88,7 +103,7 @@ def gguf_name(name: str) -> str:
 
 def in_gguf_order(name: str, tensor: Any, config: dict[str, Any]) -> Any:
     """Permute rows: llama.cpp rotates neighbouring pairs, checkpoints rotate the two halves of a head."""
-    if config["model_type"] != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if ARCHITECTURES[config["model_type"]] != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
     halves = tensor.reshape(-1, 2, config["head_dim"] // 2, tensor.shape[1])
     return halves.swapaxes(1, 2).reshape(tensor.shape)

@@ -44,6 +44,33 @@ def test_every_type_is_multiplied(name: str, isa: str) -> None:
     assert_alike(cpu.linear_quantized(x, weight, bias, 7), expected)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q6_K"])
+def test_both_digits_of_all_inputs(name: str, isa: str) -> None:
+    """Nearer to the floats by two orders than 8 bits; numbers that stand out have both digits anyway."""
+    matrix, x = matrix_of(name, 9), rows(5)
+    exact = x.double() @ dequantize(matrix).double().t()
+    weights = BlockWeight((matrix,)), BlockWeight((matrix,), both_digits=True)
+    for weight in weights:
+        assert_alike(cpu.linear_quantized(x, weight, None, 9), reference.linear_quantized(x.double(), weight, None, 9))
+    one, both = (
+        (cpu.linear_quantized(x, weight, None, 9).double() - exact).norm() / exact.norm() for weight in weights
+    )
+    assert both < 1e-4 < one < 1e-2
+
+
+def test_a_group_that_stands_out_has_a_second_digit(isa: str) -> None:
+    """One large input among small ones costs the others of its group no bits, in that row alone."""
+    matrix, x = matrix_of("Q8_0", 9), torch.randn(4, NUM_INPUTS)
+    x[2, 70] = 1000.0
+    exact = x.double() @ dequantize(matrix).double().t()
+    weight = BlockWeight((matrix,))
+    found = cpu.linear_quantized(x, weight, None, 9)
+    without = exact[2] - 1000.0 * dequantize(matrix)[:, 70].double()
+    error = (found[2].double() - 1000.0 * dequantize(matrix)[:, 70].double() - without).norm() / without.norm()
+    assert error < 0.05  # 8 bits alone would leave 32 inputs in the noise of 1000 / 127
+    assert torch.equal(found[[0, 1, 3]], cpu.linear_quantized(x[[0, 1, 3]], weight, None, 9))
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_a_rows_result_does_not_depend_on_its_batch(name: str, isa: str) -> None:
     weight = cpu.pack_blocks([matrix_of(name, 9)])

@@ -533,7 +533,7 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
         ("", None),
         ("linear", "a product with float32 weights"),
         ("linear_quantized", "a product with int8 weights"),
-        ("experts", "experts with MXFP4 weights"),
+        ("experts", "experts in blocks of GGUF"),
         ("attention", "attention over float32"),
         ("illegal instruction", "an instruction that this CPU does not have"),
     ],

@@ -8,6 +8,7 @@ import torch
 
 from quire.errors import CheckpointError
 from quire.gguf.file import read_gguf
+from quire.kernels.block_matrix import BlockWeight
 from quire.layers.linear import Linear
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -91,12 +92,15 @@ def test_a_quantisation_stores_blocks_anew(tmp_path: Path) -> None:
     assert 0 < (found - expected).abs().max() < 0.2 * expected.abs().max()
 
 
-def test_experts_are_dequantised(tmp_path: Path) -> None:
+def test_experts_keep_their_blocks(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "mixtral", intermediate_size=128)
     stored = write_gguf(folder, tmp_path / "blocks.gguf", "llama", "Q8_0")
     widened = write_gguf(folder, tmp_path / "floats.gguf", "llama", "Q8_0", widened=True)
     ids = prompt(30)
-    assert_close(PagedModel(stored).step({0: ids})[0], PagedModel(widened).step({0: ids})[0], 2e-3)
+    model = PagedModel(stored)
+    assert_close(model.step({0: ids})[0], PagedModel(widened).step({0: ids})[0], 2e-3)
+    packed = model.model.layers[0].mlp.experts.packed  # type: ignore[attr-defined]
+    assert isinstance(packed.gate_up, BlockWeight)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from quire import LLM, SamplingParams
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for, reference
-from quire.kernels.interface import Mxfp4Matrix, Mxfp4Weight
+from quire.kernels.block_matrix import BlockWeight
+from quire.kernels.interface import Mxfp4Matrix
 from quire.kernels.mxfp4 import dequantize
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -146,7 +147,7 @@ def test_packed_experts_keep_their_bits(tmp_path: Path) -> None:
     ids = prompt(50)
     model = PagedModel(folder)
     experts = model.model.layers[0].mlp.experts  # type: ignore[attr-defined]
-    assert isinstance(experts.packed.gate_up, Mxfp4Weight)
+    assert isinstance(experts.packed.gate_up, BlockWeight)
     assert_close(model.step({0: ids})[0], expected_logits(floats, ids))
     numbers = 4 * 6 * 3 * 64 * 64
     of_floats, packed = (ModelConfig.from_folder(each).spec for each in (floats, folder))
@@ -183,7 +184,7 @@ def test_random_weights_are_packed_too(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
     pack_experts(folder)
     model = load_model(ModelConfig.from_folder(folder), RandomWeights(), kernels_for("cpu"), "float32")
-    assert isinstance(model.layers[0].mlp.experts.packed.down, Mxfp4Weight)  # type: ignore[attr-defined]
+    assert isinstance(model.layers[0].mlp.experts.packed.down, BlockWeight)  # type: ignore[attr-defined]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

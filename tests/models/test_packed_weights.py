@@ -9,15 +9,14 @@ import torch
 from quire.kernels import cpu
 from quire.kernels.interface import ExpertMatrices, ExpertWeight, Mxfp4Matrix
 from quire.layers.linear import stored_as
-from quire.models.packed_weights import PackedWeights
+from quire.models.packed_weights import PackedWeights, tensors_of
 from quire.quantization import METHODS
 
 INT8, INT4 = METHODS["int8"].layers, METHODS["int4"].layers
 
 
 def bytes_of(packed: ExpertWeight) -> list[torch.Tensor]:
-    parts = [packed] if isinstance(packed, torch.Tensor) else [packed.values, packed.scales]
-    return [part.view(torch.uint8) for part in parts]
+    return [part.view(torch.uint8) for part in tensors_of(packed)]
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1 << 16, 1 << 20])
@@ -63,7 +62,7 @@ def test_experts(matrices: ExpertMatrices, dtype: str) -> None:
     assert [part.data_ptr() for part in bytes_of(again)] == [part.data_ptr() for part in bytes_of(found)]
     changed = [*matrices[:2], matrices[0]]
     other = PackedWeights(None, first.parts)
-    other.pack_experts(changed, stored_as(dtype))  # type: ignore[arg-type]  # of one kind
+    other.pack_experts(changed, stored_as(dtype))
     assert other.num_packed == 1
 
 

@@ -6,6 +6,13 @@ lora_tile: int
 panel: int
 pair_of_steps: int
 
+Coded = tuple[Tensor, str, Sequence[float], Tensor, Tensor | None, bool, int, Tensor | None]
+"""Codes, their kind and levels, scales, offsets, whether those are zero points, the size of a group, their order."""
+Blocks = tuple[Sequence[Tensor], Sequence[str], bool]
+"""Rows and types of parts, and whether all inputs get both digits."""
+Tokens = tuple[Tensor, Tensor, Tensor, str, float, float, int]
+"""x, chosen experts, weights, gate, alpha and limit of a clamped one, inner size."""
+
 def supported_isas() -> list[str]: ...
 def use_isa(isa: str) -> None: ...
 def fault(isa: str, stand_in: str = ...) -> str | None: ...
@@ -53,26 +60,13 @@ def linear_coded(
     residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
-    codes: Tensor,
-    kind: str,
-    levels: Sequence[float],
-    scales: Tensor,
-    offsets: Tensor | None,
-    zero_points: bool,
-    group_size: int,
-    order: Tensor | None,
+    weight: Coded,
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
 def experts(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
+    tokens: Tokens,
     format: str,
-    gate: str,
-    alpha: float,
-    limit: float,
-    inner: int,
     rotates: bool,
     gate_up: Tensor,
     gate_up_scales: Tensor | None,
@@ -83,6 +77,12 @@ def experts(
     down_group: int,
     down_bias: Tensor | None,
     out: Tensor,
+) -> None: ...
+def experts_coded(
+    tokens: Tokens, gate_up: Coded, gate_up_bias: Tensor | None, down: Coded, down_bias: Tensor | None, out: Tensor
+) -> None: ...
+def experts_blocks(
+    tokens: Tokens, gate_up: Blocks, gate_up_bias: Tensor | None, down: Blocks, down_bias: Tensor | None, out: Tensor
 ) -> None: ...
 def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(
@@ -96,6 +96,7 @@ def linear_blocks(
     eps: float,
     rows: Sequence[Tensor],
     types: Sequence[str],
+    both_digits: bool,
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...

@@ -32,9 +32,11 @@ class BlockMatrix(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockWeight:
-    """Matrices whose outputs lie side by side, with the bits of their file."""
+    """Matrices whose outputs lie side by side, with the bits of their file. The rows of experts are [E, N, bytes]."""
 
     parts: tuple[BlockMatrix, ...]
+    both_digits: bool = False
+    """Every group of a row that it is multiplied with gets both digits (`quire.kernels.block_products`)."""
 
     @property
     def device(self) -> torch.device:

@@ -6,47 +6,51 @@ import torch
 from torch import Tensor
 
 from quire.kernels.block_matrix import BlockMatrix, BlockWeight
-from quire.kernels.blocks import decode, dequantize
+from quire.kernels.blocks import dequantize
+from quire.kernels.low_bit import quantize_rows
 
 INPUTS_PER_SCALE = 32
-"""Inputs of a row that share a scale when they are brought to 16 bits."""
-_LARGEST = 32767
+"""Inputs of a row that share a scale when they are brought to 8 bits."""
+STANDS_OUT = 4.0
+"""A group of inputs stands out if its largest magnitude is more than so many times its row's root mean square."""
+_SECOND_DIGIT = 254
+"""A second digit counts in parts of the first one's unit: half a unit, the most that is left, is 127 of them."""
 
 
 def keep_blocks(matrices: Sequence[BlockMatrix]) -> BlockWeight:
-    """matrices [N_i, K], whose outputs lie side by side -> one weight with their bits."""
-    return BlockWeight(tuple(matrices))
+    """matrices [N_i, K], whose outputs lie side by side -> one weight with their bits, for rows of both digits."""
+    return BlockWeight(tuple(matrices), both_digits=True)
 
 
 def linear_blocks(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
-    """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N].
+    """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N], with x in 8 bits by `rounded_groups`.
 
-    Every run of 32 inputs becomes integers from -32767 to 32767 and a scale, by the rules of `quantize_rows`. Products
-    of integers are summed exactly inside a group of the weight; so are the integers of the row, which the group's
-    offset multiplies.
+    Kernels sum products of integers exactly inside a group.
     """
-    runs = x.unflatten(1, (-1, INPUTS_PER_SCALE))
-    magnitude = runs.abs().amax(-1, keepdim=True)
-    finite = magnitude.isfinite()
-    inverse = torch.where(finite & (magnitude >= 2.0**-100), torch.full_like(magnitude, _LARGEST) / magnitude, 0.0)
-    integers = (torch.where(finite, runs, 0.0) * inverse).round().double().flatten(1)
-    scales = torch.where(finite, magnitude / _LARGEST, float("nan")).double().flatten(1)
-    out = torch.cat([_product(integers, scales, part) for part in weight.parts], dim=1).to(x.dtype)
+    rows = rounded_groups(x, weight.both_digits)
+    out = torch.cat([_product(rows, part) for part in weight.parts], dim=1).to(x.dtype)
     return out if bias is None else out + bias.to(x.dtype)
 
 
-def _product(inputs: Tensor, input_scales: Tensor, matrix: BlockMatrix) -> Tensor:
-    """inputs [M, K], input_scales [M, K / 32] -> [M, N] float64."""
-    integers, scales, offsets = decode(matrix)
-    num_groups = scales.shape[1]
-    grouped = inputs.unflatten(1, (num_groups, -1))
-    sums = torch.einsum("mgk,ngk->mng", grouped, integers.double().unflatten(1, (num_groups, -1)))
-    sums = sums * scales.double()
-    if offsets is not None:
-        sums = sums + grouped.sum(-1)[:, None] * offsets.double()
-    by_scale = input_scales.repeat_interleave(num_groups // input_scales.shape[1], dim=1)
-    product: Tensor = (sums * by_scale[:, None]).sum(-1)
-    return product
+def rounded_groups(x: Tensor, both_digits: bool = False) -> Tensor:
+    """x [M, K] -> the numbers [M, K] float64 that it is rounded to.
+
+    Every 32 inputs become integers from -127 to 127 and a scale, by the rules of `quantize_rows`. A group that stands
+    out has a second digit: what is left of each number in parts of 254 of the scale. `both_digits`: so has every group.
+    """
+    groups = x.double().unflatten(1, (-1, INPUTS_PER_SCALE))
+    values, scales = quantize_rows(groups.flatten(0, 1))
+    first, unit = values.double().view_as(groups), scales.double().view(len(x), -1, 1)
+    left = torch.where(unit > 0, groups / unit - first, 0.0)
+    second = (left * _SECOND_DIGIT).round() / _SECOND_DIGIT
+    limit = STANDS_OUT * x.double().square().mean(1, keepdim=True).sqrt().unsqueeze(2)
+    has_second = groups.abs().amax(2, keepdim=True) > (-1.0 if both_digits else limit)
+    return ((first + torch.where(has_second, second, 0.0)) * unit).flatten(1)
+
+
+def _product(rows: Tensor, matrix: BlockMatrix) -> Tensor:
+    """rows [M, K] float64 -> [M, N] float64."""
+    return rows @ dequantize(matrix).double().t()
 
 
 def gather_rows_blocks(weight: BlockWeight, ids: Tensor) -> Tensor:

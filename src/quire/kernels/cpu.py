@@ -23,7 +23,6 @@ from quire.kernels.cpu_isa import describe, isa, supported_isas, use_best_isa, u
 from quire.kernels.expert_products import pack_each
 from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.interface import (
-    MXFP4_BLOCK,
     Allocate,
     AttentionParams,
     AttentionPlan,
@@ -32,8 +31,6 @@ from quire.kernels.interface import (
     ExpertWeight,
     KVLayer,
     LowBitWeight,
-    Mxfp4Matrix,
-    Mxfp4Weight,
     PackedExperts,
     PackedWeight,
     QuantizedWeight,
@@ -83,7 +80,7 @@ __all__ = [
     "write_kv",
 ]
 
-PACKING = 3
+PACKING = 4
 """Version of the packed layout. Raise it with every change of a packed weight's bytes: it is part of cache keys."""
 LORA_TILE: int = _cpu.lora_tile
 
@@ -183,15 +180,9 @@ def _linear(
     """Dense layer of op(x). An `op` is "none", "rms_norm", or an activation that gates the second half of x."""
     out = torch.empty(x.shape[0], num_outputs)
     if isinstance(packed, CodedWeight):
-        kind, levels, _ = kind_of(packed.levels)
-        scales, group_size, order = packed.scales, packed.group_size, packed.order
-        _cpu.linear_coded(
-            *(x, op, residual, norm_weight, eps, packed.codes, kind, levels, scales, packed.offsets),
-            *(packed.zero_points, group_size, order, bias, out),
-        )
+        _cpu.linear_coded(x, op, residual, norm_weight, eps, _codes(packed), bias, out)
     elif isinstance(packed, BlockWeight):
-        rows, types = [part.rows for part in packed.parts], [part.type_name for part in packed.parts]
-        _cpu.linear_blocks(x, op, residual, norm_weight, eps, rows, types, bias, out)
+        _cpu.linear_blocks(x, op, residual, norm_weight, eps, *_blocks(packed), bias, out)
     elif isinstance(packed, QuantizedWeight):
         form = (packed.values, packed.scales, *_form(packed.stored))
         _cpu.linear_quantized(x, op, residual, norm_weight, eps, *form, bias, out)
@@ -245,48 +236,39 @@ def linear_coded(x: Tensor, weight: CodedWeight, bias: Tensor | None, num_output
 
 
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
-    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, _pack_mxfp4)
-
-
-def _pack_mxfp4(
-    matrices: Sequence[Sequence[Mxfp4Matrix]], stored: str | WeightFormat, allocate: Allocate
-) -> Mxfp4Weight:
-    """values [E, panels, K / 8, 1, panel, 4], scales [E, panels, K / 32, panel]; csrc/mxfp4.h has their order."""
-    panel, num_rows = _cpu.panel, sum(len(part.blocks) for part in matrices[0])
-    num_panels, num_blocks = -(-num_rows // panel), matrices[0][0].blocks.shape[1]
-    values = allocate((len(matrices), num_panels, num_blocks * 4, 1, panel, 4), dtype=torch.uint8)
-    scales = allocate((len(matrices), num_panels, num_blocks, panel), dtype=torch.uint8)
-    for parts, to_values, to_scales in zip(matrices, values, scales, strict=True):
-        blocks = torch.cat([part.blocks for part in parts])
-        # Two inputs a byte become eight inputs a word: the first four in the low halves.
-        inputs = torch.stack((blocks & 15, blocks >> 4), dim=-1).view(num_rows, num_blocks * 4, 2, 4)
-        words, exponents = inputs[:, :, 0] | inputs[:, :, 1] << 4, torch.cat([part.scales for part in parts])
-        for first in range(0, num_rows, panel):
-            rows = slice(first, first + panel)
-            to_values[first // panel, :, 0, : len(words[rows])] = words[rows].transpose(0, 1)
-            to_scales[first // panel, :, : len(words[rows])] = exponents[rows].t()
-    return Mxfp4Weight(values, scales, rounds_rows=not isinstance(stored, str))
+    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, pack_coded)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:
-    gate_up, gate_up_scales, gate_up_group, form = _parts(experts.gate_up)
-    down, down_scales, down_group, _ = _parts(experts.down)
-    _cpu.experts(
-        *(x, chosen, weights, form, experts.activation, SWIGLU_ALPHA, SWIGLU_LIMIT, experts.num_inner),
-        isinstance(experts.gate_up, QuantizedWeight) and experts.gate_up.stored.rotates,
-        *(gate_up, gate_up_scales, gate_up_group, experts.gate_up_bias),
-        *(down, down_scales, down_group, experts.down_bias),
-        out,
-    )
+    tokens = (x, chosen, weights, experts.activation, SWIGLU_ALPHA, SWIGLU_LIMIT, experts.num_inner)
+    gate_up, down, biases = experts.gate_up, experts.down, (experts.gate_up_bias, experts.down_bias)
+    if isinstance(gate_up, BlockWeight) and isinstance(down, BlockWeight):
+        _cpu.experts_blocks(tokens, _blocks(gate_up), biases[0], _blocks(down), biases[1], out)
+    elif isinstance(gate_up, CodedWeight) and isinstance(down, CodedWeight):
+        _cpu.experts_coded(tokens, _codes(gate_up), biases[0], _codes(down), biases[1], out)
+    else:
+        form, rotates, *_ = _parts(gate_up)
+        _cpu.experts(tokens, form, rotates, *_parts(gate_up)[2:], biases[0], *_parts(down)[2:], biases[1], out)
 
 
-def _parts(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, int, str]:
-    """Values, scales, inputs that share a scale, and the name of the format in csrc/bindings.cpp."""
-    if isinstance(weight, Tensor):
-        return weight, None, 1, str(weight.dtype).removeprefix("torch.")
+def _parts(weight: ExpertWeight) -> tuple[str, bool, Tensor, Tensor | None, int]:
+    """The name of the format in csrc/bindings.cpp, whether rows are rotated, values, scales, and inputs that share a
+    scale."""
     if isinstance(weight, QuantizedWeight):
-        return weight.values, weight.scales, weight.stored.group_size, f"int{weight.stored.bits}"
-    return weight.values, weight.scales, MXFP4_BLOCK, "mxfp4 of int8" if weight.rounds_rows else "mxfp4"
+        stored = weight.stored
+        return f"int{stored.bits}", stored.rotates, weight.values, weight.scales, stored.group_size
+    assert isinstance(weight, Tensor), "both layers of experts are packed in one form"
+    return str(weight.dtype).removeprefix("torch."), False, weight, None, 1
+
+
+def _blocks(weight: BlockWeight) -> tuple[list[Tensor], list[str], bool]:
+    return [part.rows for part in weight.parts], [part.type_name for part in weight.parts], weight.both_digits
+
+
+def _codes(weight: CodedWeight) -> "_cpu.Coded":
+    kind, levels, _ = kind_of(weight.levels)
+    scales = (weight.scales, weight.offsets, weight.zero_points, weight.group_size)
+    return (weight.codes, kind, levels, *scales, weight.order)
 
 
 def add_lora(out: Tensor, x: Tensor, rows: LoraRows, weights: LoraWeights) -> None:

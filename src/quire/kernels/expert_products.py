@@ -1,25 +1,28 @@
 """`pack_experts` and `experts` for kernel modules: packing of one expert after the other, and a loop over
 them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight
+from quire.kernels.coded import CodedMatrix, CodedWeight
+from quire.kernels.expert_forms import block_parts, coded_parts, form_of, in_floats, stack_blocks
 from quire.kernels.gates import gated
 from quire.kernels.interface import (
-    MXFP4_BLOCK,
     Allocate,
     ExpertMatrices,
     ExpertWeight,
+    LowBitWeight,
     Mxfp4Matrix,
-    Mxfp4Weight,
     PackedExperts,
+    PackedWeight,
     QuantizedWeight,
 )
-from quire.kernels.mxfp4 import dequantize, doubled, powers_of_two
+from quire.kernels.mxfp4 import as_blocks
 from quire.quantization import WeightFormat
 
 
@@ -33,7 +36,8 @@ class QuantizeLinear(Protocol):
     ) -> QuantizedWeight: ...
 
 
-PackMxfp4 = Callable[[Sequence[Sequence[Mxfp4Matrix]], str | WeightFormat, Allocate], ExpertWeight]
+class PackCoded(Protocol):
+    def __call__(self, matrices: Sequence[CodedMatrix], allocate: Allocate = ...) -> CodedWeight: ...
 
 
 def pack_floats(
@@ -95,37 +99,52 @@ def pack_each(
     allocate: Allocate,
     pack_linear: PackLinear,
     quantize_linear: QuantizeLinear,
-    pack_mxfp4: PackMxfp4,
+    pack_coded: PackCoded,
 ) -> ExpertWeight:
     """`pack_experts`, made of a module's own operations. What it computes:
 
-    The dense layer of each expert as `stored` says: a float type, or a format of few bits. Matrices in MXFP4 keep their
-    bits; a format of few bits then only says that rows are brought to 8 bits. The result has what `pack_linear` or
-    `quantize_linear` make of each expert, in tensors with a first dimension of experts.
+    The dense layer of each expert as `stored` says: a float type, or a format of few bits. Codes, blocks and MXFP4 keep
+    their bits (`quire.kernels.expert_forms`). MXFP4 becomes blocks of GGUF. Rows that meet blocks get both digits; if a
+    format of few bits is given with MXFP4, only groups that stand out do. The result has what the operations make of
+    each expert, in tensors with a first dimension of experts.
     """
-    mxfp4 = [parts for parts in map(_mxfp4_parts, matrices) if parts]
-    if mxfp4:
-        assert len(mxfp4) == len(matrices), "all experts of a layer are stored in one way"
-        return pack_mxfp4(mxfp4, stored, allocate)
-    floats = [[part for part in parts if isinstance(part, Tensor)] for parts in matrices]
+    form = form_of(matrices, stored)
+    if form == "codes":
+        return _pack_codes(coded_parts(matrices), pack_coded, allocate)
+    if form == "blocks":
+        if isinstance(matrices[0][0], BlockMatrix):
+            return BlockWeight(stack_blocks(block_parts(matrices)), both_digits=True)
+        return _pack_mxfp4(matrices, allocate, both_digits=isinstance(stored, str))
+    floats = in_floats(matrices)
     if isinstance(stored, str):
         return pack_floats(floats, stored, pack_linear, allocate)
     return _quantize(floats, stored, quantize_linear, allocate)
 
 
-def _mxfp4_parts(parts: Sequence[Tensor] | Sequence[Mxfp4Matrix]) -> list[Mxfp4Matrix]:
-    return [part for part in parts if isinstance(part, Mxfp4Matrix)]
-
-
-def keep_mxfp4(
-    matrices: Sequence[Sequence[Mxfp4Matrix]], stored: str | WeightFormat, allocate: Allocate
-) -> Mxfp4Weight:
-    """The stored bits: values [E, N, K / 32, 16], scales [E, N, K / 32]."""
-    return Mxfp4Weight(
-        torch.stack([torch.cat([part.blocks for part in parts]) for parts in matrices]),
-        torch.stack([torch.cat([part.scales for part in parts]) for parts in matrices]),
-        rounds_rows=not isinstance(stored, str),
+def _pack_codes(experts: Sequence[Sequence[CodedMatrix]], pack_coded: PackCoded, allocate: Allocate) -> CodedWeight:
+    packed = _Stack(len(experts), allocate)
+    for parts in experts:
+        weight = pack_coded(parts, packed.allocate)
+        packed.put(weight.codes, weight.scales, *(() if weight.offsets is None else (weight.offsets,)))
+    codes, scales, *offsets = packed.tensors
+    return replace(
+        weight, codes=codes, scales=scales, offsets=offsets[0] if offsets else None, order=orders_of(experts)
     )
+
+
+def orders_of(experts: Sequence[Sequence[CodedMatrix]]) -> Tensor | None:
+    """The order of inputs of every expert [E, K] int32; None: as they are."""
+    orders = [parts[0].order for parts in experts]
+    return torch.stack([order.int() for order in orders if order is not None]) if orders[0] is not None else None
+
+
+def _pack_mxfp4(matrices: ExpertMatrices, allocate: Allocate, *, both_digits: bool) -> BlockWeight:
+    packed = _Stack(len(matrices), allocate)
+    for expert in matrices:
+        rows = torch.cat([as_blocks(part).rows for part in expert if isinstance(part, Mxfp4Matrix)])
+        packed.allocate(rows.shape, dtype=rows.dtype).copy_(rows)
+        packed.put(rows)
+    return BlockWeight((BlockMatrix(packed.tensors[0], "MXFP4"),), both_digits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +157,8 @@ class ExpertLoop:
     """
 
     linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
-    linear_quantized: Callable[[Tensor, QuantizedWeight, Tensor | None, int], Tensor]
+    linear_quantized: Callable[[Tensor, LowBitWeight, Tensor | None, int], Tensor]
+    linear_coded: Callable[[Tensor, CodedWeight, Tensor | None, int], Tensor]
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:
         for index in range(experts.num_experts):
@@ -153,22 +173,26 @@ class ExpertLoop:
     def _product(self, x: Tensor, weight: ExpertWeight, bias: Tensor | None, index: int, num_outputs: int) -> Tensor:
         """x [M, K] -> [M, N]: the dense layer of expert `index`."""
         own_bias = None if bias is None else bias[index].to(x.dtype)
-        if isinstance(weight, QuantizedWeight):
-            own = replace(weight, values=weight.values[index], scales=weight.scales[index])
-            return self.linear_quantized(x, own, own_bias, num_outputs)
-        if isinstance(weight, Tensor):
-            return self.linear(x, weight[index], own_bias, num_outputs)
-        matrix = Mxfp4Matrix(weight.values[index], weight.scales[index])
-        if not weight.rounds_rows:
-            return self.linear(x, dequantize(matrix).to(x.dtype), own_bias, num_outputs)
-        integers = QuantizedWeight(
-            doubled(matrix.blocks), powers_of_two(matrix.scales) * 0.5, WeightFormat(8, MXFP4_BLOCK)
-        )
-        return self.linear_quantized(x, integers, own_bias, num_outputs)
+        own = weight_of_expert(weight, index)
+        if isinstance(own, Tensor):
+            return self.linear(x, own, own_bias, num_outputs)
+        if isinstance(own, CodedWeight):
+            return self.linear_coded(x, own, own_bias, num_outputs)
+        return self.linear_quantized(x, own, own_bias, num_outputs)
 
 
-def stored_tensors(matrices: ExpertMatrices) -> Iterator[Tensor]:
-    """Every tensor that the matrices are stored in."""
-    for parts in matrices:
-        for part in parts:
-            yield from part if isinstance(part, Mxfp4Matrix) else (part,)
+def weight_of_expert(weight: ExpertWeight, index: int) -> PackedWeight:
+    """The packed weight of one expert."""
+    if isinstance(weight, Tensor):
+        return weight[index]
+    if isinstance(weight, QuantizedWeight):
+        return replace(weight, values=weight.values[index], scales=weight.scales[index])
+    if isinstance(weight, BlockWeight):
+        return replace(weight, parts=tuple(BlockMatrix(part.rows[index], part.type_name) for part in weight.parts))
+    return replace(
+        weight,
+        codes=weight.codes[index],
+        scales=weight.scales[index],
+        offsets=None if weight.offsets is None else weight.offsets[index],
+        order=None if weight.order is None else weight.order[index],
+    )

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from quire.errors import ConfigError
 from quire.kernels.allocation import zeros
+from quire.kernels.expert_forms import in_floats
 from quire.kernels.expert_products import ExpertLoop, pack_each, pack_floats
 from quire.kernels.gates import gated
 from quire.kernels.interface import (
@@ -20,9 +21,8 @@ from quire.kernels.interface import (
     Mxfp4Matrix,
     PackedExperts,
 )
-from quire.kernels.low_bit import linear_quantized, quantize_linear
-from quire.kernels.mxfp4 import dequantize
-from quire.kernels.reference import linear
+from quire.kernels.low_bit import quantize_linear
+from quire.kernels.reference import linear, linear_coded, linear_quantized, pack_coded
 from quire.quantization import WeightFormat
 
 _ALIGNED_BYTES = 16
@@ -30,22 +30,18 @@ _ALIGNED_BYTES = 16
 
 
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
-    """Floats [E, N, K] on the device of the matrices. MXFP4 becomes floats, since torch multiplies nothing smaller."""
-    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, _widen_mxfp4)
+    """Floats [E, N, K] on the device of the matrices. Few bits become floats: torch multiplies nothing smaller."""
+    if not isinstance(stored, str):
+        if isinstance(matrices[0][0], Mxfp4Matrix):
+            raise ConfigError("quantization: experts in MXFP4 are not quantised again; leave it out, or run on the CPU")
+        return pack_each(in_floats(matrices), stored, allocate, pack_linear, quantize_linear, pack_coded)
+    return pack_floats(in_floats(matrices), stored, pack_linear, allocate)
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
     """Matrices [N_i, K] -> [sum of N_i, K], as the checkpoint has them: torch multiplies no other layout."""
     stored = [weight.to(getattr(torch, dtype)) for weight in weights]
     return stored[0] if len(stored) == 1 else torch.cat(stored)
-
-
-def _widen_mxfp4(
-    matrices: Sequence[Sequence[Mxfp4Matrix]], stored: str | WeightFormat, allocate: Allocate
-) -> ExpertWeight:
-    if not isinstance(stored, str):
-        raise ConfigError("quantization: experts in MXFP4 are not quantised again; leave it out, or run on the CPU")
-    return pack_floats([[dequantize(part) for part in parts] for parts in matrices], stored, pack_linear, allocate)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:
@@ -73,4 +69,4 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, expert_of_row: Tens
     return out if bias is None else out + bias[expert_of_row].to(x.dtype)
 
 
-_LOOP = ExpertLoop(linear, linear_quantized)
+_LOOP = ExpertLoop(linear, linear_quantized, linear_coded)

@@ -181,23 +181,11 @@ class Mxfp4Matrix(NamedTuple):
     """[N, K / 32] uint8: e, for 2^(e - 127)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mxfp4Weight:
-    """Matrices in MXFP4 with the bits of their checkpoint, in a layout of the kernels' own."""
-
-    values: Tensor
-    scales: Tensor
-    rounds_rows: bool
-    """The rows that it is multiplied with are brought to 8 bits, as for `linear_quantized`."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
-
-ExpertMatrices = Sequence[Sequence[Tensor]] | Sequence[Sequence[Mxfp4Matrix]]
+ExpertMatrix = Tensor | Mxfp4Matrix | CodedMatrix | BlockMatrix
+"""A matrix [N, K] of one expert as a checkpoint stores it."""
+ExpertMatrices = Sequence[Sequence[ExpertMatrix]]
 """One dense layer of all experts: for each expert the matrices [N_i, K] whose outputs lie side by side."""
-ExpertWeight = Tensor | QuantizedWeight | Mxfp4Weight
+ExpertWeight = PackedWeight
 """Result of `pack_experts`: tensors of one packed weight, with a first dimension of experts."""
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.interface import Mxfp4Matrix
 
 MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
@@ -14,6 +15,14 @@ def doubled(blocks: Tensor) -> Tensor:
     numbers = torch.tensor([*MAGNITUDES, *(-each for each in MAGNITUDES)], dtype=torch.int8, device=blocks.device)
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-3)
     return numbers[codes.int()]
+
+
+def as_blocks(matrix: Mxfp4Matrix) -> BlockMatrix:
+    """The same bits in GGUF's blocks: a scale, then inputs 0 to 15 in the low halves of 16 bytes and 16 to 31 in the
+    high ones."""
+    codes = torch.stack((matrix.blocks & 15, matrix.blocks >> 4), dim=-1).flatten(-2)
+    halves = codes[..., :16] | codes[..., 16:] << 4
+    return BlockMatrix(torch.cat((matrix.scales.unsqueeze(-1), halves), dim=-1).flatten(1), "MXFP4")
 
 
 def powers_of_two(scales: Tensor) -> Tensor:

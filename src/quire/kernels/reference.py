@@ -15,7 +15,7 @@ from quire.kernels.allocation import zeros
 from quire.kernels.block_matrix import BlockWeight
 from quire.kernels.block_products import gather_rows_blocks, keep_blocks, linear_blocks
 from quire.kernels.coded import CodedMatrix, CodedWeight, join
-from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
+from quire.kernels.expert_products import ExpertLoop, pack_each
 from quire.kernels.interface import (
     KV_SCALE_ROWS,
     Allocate,
@@ -256,10 +256,10 @@ pack_blocks = keep_blocks
 
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
     """See `pack_each`."""
-    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, keep_mxfp4)
+    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, pack_coded)
 
 
-experts = ExpertLoop(linear, linear_quantized)
+experts = ExpertLoop(linear, linear_quantized, linear_coded)
 rms_norm_linear, glu_linear = unfused(
     rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
+from quire.kernels.expert_forms import alike
 from quire.kernels.interface import ExpertMatrices, PackedExperts, Packing
 from quire.layers.linear import LinearWeight, join_biases, stored_as
 from quire.quantization import WeightFormat
@@ -26,7 +27,7 @@ class ExpertLinear:
         """Experts whose layers are stored one by one."""
         biases = [join_biases(parts) for parts in experts]
         return cls(
-            [[part.floats() for part in parts] for parts in experts],
+            [[part.weight for part in parts] for parts in experts],
             None
             if any(bias is None for bias in biases)
             else torch.stack([bias for bias in biases if bias is not None]),
@@ -52,9 +53,10 @@ class ExpertMLPs:
         """`gate_up` [2 I, H] and `down` [H, I]; I is `num_inner`. `packing` packs them; by default `kernels` do."""
         self.kernels = kernels
         packing, stored = packing or kernels, stored_as(dtype)
+        matrices = alike(gate_up.matrices, down.matrices, stored)
         self.packed = PackedExperts(
-            packing.pack_experts(gate_up.matrices, stored),
-            packing.pack_experts(down.matrices, stored),
+            packing.pack_experts(matrices[0], stored),
+            packing.pack_experts(matrices[1], stored),
             None if gate_up.bias is None else gate_up.bias.float(),
             None if down.bias is None else down.bias.float(),
             num_experts=len(gate_up.matrices),

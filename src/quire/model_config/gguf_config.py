@@ -83,12 +83,20 @@ def end_tokens_of(file: GgufFile) -> list[int]:
 
 
 def block_bytes_of(file: GgufFile) -> int:
-    """Memory of the weights of a file with blocks of few bits, where experts are widened to 16; 0 for one of floats."""
+    """Memory of the weights of a file with blocks of few bits; 0 for one of floats. A layer's experts of which some
+    matrices are floats are widened to 16 bits."""
     matrices = [(name, tensor) for name, tensor in file.tensors.items() if len(tensor.shape) > 1]
     if all(tensor.block.is_float for _, tensor in matrices):
         return 0
-    widened = sum(2 * math.prod(tensor.shape) for name, tensor in matrices if _EXPERTS in name)
-    return widened + sum(tensor.end - tensor.begin for name, tensor in file.tensors.items() if _EXPERTS not in name)
+    mixed = {_layer_of(name) for name, tensor in matrices if _EXPERTS in name and tensor.block.is_float}
+    widened = {name for name, _ in matrices if _EXPERTS in name and _layer_of(name) in mixed}
+    kept = sum(tensor.end - tensor.begin for name, tensor in file.tensors.items() if name not in widened)
+    return kept + sum(2 * math.prod(file.tensors[name].shape) for name in widened)
+
+
+def _layer_of(name: str) -> str:
+    """The layer's part of a name such as blk.7.ffn_up_exps.weight."""
+    return name.rpartition(".ffn_")[0]
 
 
 def _sizes(file: GgufFile, prefix: str) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class GgufWeights:
         self._tensors: Mapping[str, NamedTensor] = named_tensors(file)
         self._taken: set[str] = set()
         self._mapped: dict[Path, MappedFile] = {}
+        self._stacks: dict[tuple[Path, int], Tensor] = {}
+        """By file and first byte, the matrices of all experts that lie there."""
 
     @classmethod
     def open(cls, path: Path) -> "GgufWeights":
@@ -97,18 +99,25 @@ class GgufWeights:
 
     def _view(self, named: NamedTensor, shape: tuple[int, ...]) -> Table:
         tensor = named.tensor
-        num_bytes = tensor.end - tensor.begin
         begin = tensor.begin
-        if named.index is not None:
-            num_bytes //= tensor.shape[0]
-            begin += named.index * num_bytes
         if tensor.file not in self._mapped:
             self._mapped[tensor.file] = MappedFile(tensor.file)
         mapped = self._mapped[tensor.file]
+        num_bytes = tensor.end - tensor.begin
+        if named.index is not None:
+            num_bytes //= tensor.shape[0]
+            begin += named.index * num_bytes
         if tensor.block.is_float:
             return mapped.take(_FLOATS[tensor.block.name], shape, begin)
         row_bytes = shape[-1] // tensor.block.num_values * tensor.block.num_bytes
-        return BlockMatrix(mapped.take(torch.uint8, (num_bytes // row_bytes, row_bytes), begin), tensor.block.name)
+        if named.index is None:
+            return BlockMatrix(mapped.take(torch.uint8, (num_bytes // row_bytes, row_bytes), begin), tensor.block.name)
+        # Experts are views of one tensor, so that they are known to lie side by side.
+        whole = self._stacks.get((tensor.file, tensor.begin))
+        if whole is None:
+            whole = mapped.take(torch.uint8, (tensor.shape[0], num_bytes // row_bytes, row_bytes), tensor.begin)
+            self._stacks[tensor.file, tensor.begin] = whole
+        return BlockMatrix(whole[named.index], tensor.block.name)
 
     def _has_unit_offset(self, name: str) -> bool:
         return self._family.unit_offset and self._tensors[name].part.endswith(_NORMS)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire.kernels.interface import MXFP4_BLOCK, Mxfp4Matrix, Mxfp4Weight
+from quire.kernels.block_matrix import BlockWeight
+from quire.kernels.interface import MXFP4_BLOCK, Mxfp4Matrix
 from quire.layers.experts import ExpertLinear
 from quire.models.builder import Builder
 from quire.models.decoder import MLP
@@ -33,7 +34,7 @@ class GptOss(MoELlama):
             _take(block, "down_proj", hidden, inner),
             "clamped_swiglu",
         )
-        if config.mxfp4_experts and index == 0 and not isinstance(experts.packed.gate_up, Mxfp4Weight):
+        if config.mxfp4_experts and index == 0 and not isinstance(experts.packed.gate_up, BlockWeight):
             logger.warning("these kernels do not multiply MXFP4: experts are unpacked and stored as %s", build.dtype)
         return Experts(block.pack(logits, quantizes=False), make_router(config, block.weights.scope("router")), experts)
 

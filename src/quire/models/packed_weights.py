@@ -11,16 +11,16 @@ from torch import Tensor
 
 from quire.kernels import cpu
 from quire.kernels.allocation import zeros
-from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.kernels.coded import CodedMatrix, CodedWeight
-from quire.kernels.expert_products import stored_tensors
+from quire.kernels.expert_forms import coded_parts, form_of, stored_tensors
+from quire.kernels.expert_products import orders_of
 from quire.kernels.interface import (
     Allocate,
     ExpertMatrices,
     ExpertWeight,
     LowBitWeight,
-    Mxfp4Matrix,
-    Mxfp4Weight,
+    PackedWeight,
     QuantizedWeight,
 )
 from quire.models.safetensors_file import DTYPES
@@ -64,26 +64,12 @@ class PackedWeights:
 
     def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
         first = matrices[0]
-        tensors = [tensor for each in matrices for tensor in (each.codes, each.scales, each.offsets)]
-        sources = [tensor for tensor in tensors if tensor is not None]
-        levels = blake2b(repr(first.levels).encode(), digest_size=8).hexdigest()
 
         def pack() -> tuple[Tensor, ...]:
-            packed = cpu.pack_coded(matrices, self._or_else(allocate))
-            offsets = () if packed.offsets is None else (packed.offsets,)
-            return (packed.codes, packed.scales, *offsets)
+            return tensors_of(cpu.pack_coded(matrices, self._or_else(allocate)))
 
-        form = f"codes of {levels} in groups of {first.group_size} {cpu.PACKING}"
-        codes, scales, *offsets = self._find_or_pack(form, sources, 2 if first.offsets is None else 3, pack)
-        return CodedWeight(
-            codes,
-            scales,
-            offsets[0] if offsets else None,
-            first.zeros is not None,
-            first.group_size,
-            first.levels,
-            None if first.order is None else first.order.int(),
-        )
+        found = self._find_or_pack(_form_of_codes(first), list(stored_tensors([matrices])), _num_tensors(first), pack)
+        return _coded(first, found, None if first.order is None else first.order.int())
 
     def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
         """Blocks stay where they are: in the mapped file, or in the copy whose rows were reordered."""
@@ -92,15 +78,23 @@ class PackedWeights:
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
     ) -> ExpertWeight:
+        form = form_of(matrices, stored)
+        if form == "blocks" and isinstance(matrices[0][0], BlockMatrix):
+            return cpu.pack_experts(matrices, stored)  # they stay where they are
         sources = list(stored_tensors(matrices))
 
         def pack() -> tuple[Tensor, ...]:
-            packed = cpu.pack_experts(matrices, stored, self._or_else(allocate))
-            return (packed,) if isinstance(packed, Tensor) else (packed.values, packed.scales)
+            return tensors_of(cpu.pack_experts(matrices, stored, self._or_else(allocate)))
 
-        if isinstance(matrices[0][0], Mxfp4Matrix):
-            values, scales = self._find_or_pack(f"experts mxfp4 {cpu.PACKING}", sources, 2, pack)
-            return Mxfp4Weight(values, scales, rounds_rows=not isinstance(stored, str))
+        if form == "blocks":
+            (rows,) = self._find_or_pack(f"experts mxfp4 {cpu.PACKING}", sources, 1, pack)
+            return BlockWeight((BlockMatrix(rows, "MXFP4"),), both_digits=isinstance(stored, str))
+        if form == "codes":
+            parts = coded_parts(matrices)
+            found = self._find_or_pack(
+                f"experts {_form_of_codes(parts[0][0])}", sources, _num_tensors(parts[0][0]), pack
+            )
+            return _coded(parts[0][0], found, orders_of(parts))
         if isinstance(stored, str):
             return self._find_or_pack(f"experts {stored} {cpu.PACKING}", sources, 1, pack)[0]
         values, scales = self._find_or_pack(f"experts {_form_of_bits(stored)}", sources, 2, pack)
@@ -136,6 +130,40 @@ class PackedWeights:
 def _form_of_bits(stored: WeightFormat) -> str:
     rotated = "rotated " if stored.rotates else ""
     return f"{stored.bits} bits in {rotated}groups of {stored.group_size} {cpu.isa()} {cpu.PACKING}"
+
+
+def _form_of_codes(matrix: CodedMatrix) -> str:
+    levels = blake2b(repr(matrix.levels).encode(), digest_size=8).hexdigest()
+    return f"codes of {levels} in groups of {matrix.group_size} {cpu.PACKING}"
+
+
+def _num_tensors(matrix: CodedMatrix) -> int:
+    return 2 if matrix.offsets is None else 3
+
+
+def tensors_of(packed: PackedWeight) -> tuple[Tensor, ...]:
+    """The tensors that a packed weight consists of; the order of inputs is not one."""
+    if isinstance(packed, Tensor):
+        return (packed,)
+    if isinstance(packed, BlockWeight):
+        return tuple(part.rows for part in packed.parts)
+    if isinstance(packed, QuantizedWeight):
+        return packed.values, packed.scales
+    return (packed.codes, packed.scales, *(() if packed.offsets is None else (packed.offsets,)))
+
+
+def _coded(matrix: CodedMatrix, tensors: Sequence[Tensor], order: Tensor | None) -> CodedWeight:
+    """The weight of matrices like `matrix` that `tensors` are."""
+    codes, scales, *offsets = tensors
+    return CodedWeight(
+        codes,
+        scales,
+        offsets[0] if offsets else None,
+        matrix.zeros is not None,
+        matrix.group_size,
+        matrix.levels,
+        order,
+    )
 
 
 def _source(form: str, weights: Sequence[Tensor]) -> str:

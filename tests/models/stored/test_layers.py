@@ -20,6 +20,7 @@ from quire.layers.linear import Linear, SideBySide
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
+from quire.models.experts import Experts
 from quire.models.registry import load_model
 from tests.checkpoints import make_checkpoint
 from tests.models.parity import TOLERANCE, assert_close, expected_logits, prompt
@@ -73,6 +74,34 @@ def test_families(family: str, tmp_path: Path) -> None:
     folder = make_stored(tmp_path, case, family)
     ids = prompt(12)
     assert_close(PagedModel(folder).step({0: ids})[0], expected_logits(tmp_path / "floats", ids))
+
+
+@pytest.mark.parametrize("name", ["gptq 4", "FP8 channel", "W8A16"])
+def test_experts_keep_their_bits(name: str, tmp_path: Path) -> None:
+    """In the model, in the plan, and in what comes out."""
+    case = replace(CASES[name], floats=(*CASES[name].floats, "mlp.gate.", "embed", "norm"))
+    folder = make_stored(tmp_path, case, "qwen3-moe")
+    ids = prompt(12)
+    model = PagedModel(folder)
+    assert_close(model.step({0: ids})[0], expected_logits(tmp_path / "floats", ids))
+    mlps = [layer.mlp for layer in model.model.layers]  # type: ignore[attr-defined]
+    experts = [mlp.experts.packed for mlp in mlps if isinstance(mlp, Experts)]
+    packed = [weight for each in experts for weight in (each.gate_up, each.down)]
+    assert packed
+    assert all(isinstance(weight, CodedWeight) for weight in packed)
+    kept = read_model_config(folder).kept
+    assert kept is not None
+    dense = sum(kept_bytes(linear) for linear in linears_of(model))
+    # The packer stores routers in few bits too, which become floats.
+    assert kept.layer_bytes == pytest.approx(dense + sum(weight.nbytes for weight in packed), rel=0.01)
+
+
+def linears_of(model: PagedModel) -> list[Linear]:
+    """The dense layers outside experts."""
+    layers = model.model.layers  # type: ignore[attr-defined]
+    dense = [layer.mlp for layer in layers if not isinstance(layer.mlp, Experts)]
+    attention = [linear for layer in layers for linear in (layer.attention.qkv, layer.attention.o)]
+    return [*attention, *(linear for mlp in dense for linear in (mlp.gate_up, mlp.down))]
 
 
 def test_parts_of_a_layer_that_are_stored_in_several_ways(llama: Path, tmp_path: Path) -> None:

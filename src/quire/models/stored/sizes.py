@@ -2,7 +2,8 @@
 
 estimate_kept says about the same where only config.json is there.
 
-Experts and the up-projections of latent attention become floats, as embeddings do; they are not counted.
+The up-projections of latent attention become floats, as embeddings do, and so do a layer's experts that are not all
+stored in one way; they are not counted.
 """
 
 import math
@@ -18,7 +19,8 @@ from quire.quantization.stored import KeptBits, Scheme, StoredWeights
 
 _CODES = ("qweight", "weight_packed", "weight")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-_WIDENED = re.compile(r"\.experts\.|kv_b_proj$|embed|\bwte$|\bwpe$")
+_WIDENED = re.compile(r"kv_b_proj$|embed|\bwte$|\bwpe$")
+_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
 _BYTES_OF_FLOAT32 = 4
 
@@ -30,9 +32,10 @@ def count_kept(folder: Path, stored: StoredWeights) -> KeptBits | None:
     except (OSError, CheckpointError):
         return None
     parameters = num_bytes = head = 0
+    mixed = _mixed_experts(entries, stored)
     for layer, codes in _layers(entries):
         scheme = stored.scheme_of(layer)
-        if scheme is None or _WIDENED.search(layer):
+        if scheme is None or _WIDENED.search(layer) or _experts_of(layer) in mixed:
             continue
         size = _LayerSize(entries, layer, codes, scheme)
         if _HEADS.search(layer):
@@ -44,14 +47,11 @@ def count_kept(folder: Path, stored: StoredWeights) -> KeptBits | None:
 
 
 def estimate_kept(spec: ModelSpec, stored: StoredWeights) -> KeptBits:
-    """The same from config.json alone: every dense layer as most are stored, the head in floats."""
-    scheme = stored.usual
-    dense = spec.layer_parameters - sum(
-        num_layers * experts.num_experts * experts.expert.num_parameters for experts, num_layers in spec.expert_layers
-    )
+    """The same from config.json alone: every dense layer as most are stored, experts included, the head in floats."""
+    scheme, parameters = stored.usual, spec.layer_parameters
     width = 4 if scheme.bits <= 4 else 8
-    scales = dense // scheme.group_of(spec.hidden_size) * 2 * (1 if scheme.symmetric else 2)
-    return KeptBits(dense, dense * width // 8 + scales)
+    scales = parameters // scheme.group_of(spec.hidden_size) * 2 * (1 if scheme.symmetric else 2)
+    return KeptBits(parameters, parameters * width // 8 + scales)
 
 
 def _entries(folder: Path) -> Mapping[str, Entry]:
@@ -66,6 +66,24 @@ def _entries(folder: Path) -> Mapping[str, Entry]:
         if Path(file).name == file
         for name, entry in read_header(folder / file)[0].items()
     }
+
+
+def _experts_of(name: str) -> str | None:
+    """The scope of all experts that a tensor of one lies in."""
+    found = _EXPERTS.match(name)
+    return found and found[1]
+
+
+def _mixed_experts(entries: Mapping[str, Entry], stored: StoredWeights) -> set[str]:
+    """Scopes of experts of which some matrices are floats, or in other schemes than others."""
+    schemes: dict[str, set[Scheme | None]] = {}
+    for name, entry in entries.items():
+        scope = _experts_of(name)
+        layer, _, end = name.rpartition(".")
+        if scope is not None and end in _CODES:
+            is_float = entry.dtype in _FLOATS
+            schemes.setdefault(scope, set()).add(None if is_float else stored.scheme_of(layer))
+    return {scope for scope, found in schemes.items() if len(found) > 1}
 
 
 def _layers(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
