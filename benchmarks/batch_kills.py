@@ -182,8 +182,9 @@ def _custom_ids(server: Server, batch: dict[str, Any]) -> Iterator[str]:
 
 
 def _discard(stream: IO[str]) -> None:
-    for _ in stream:
-        pass
+    with stream:
+        for _ in stream:
+            pass
 
 
 def main() -> int:
