@@ -19,8 +19,8 @@ RANDOM = random.Random(0)
 LENGTHS = [60, 1, BLOCK_SIZE, 2 * BLOCK_SIZE, *(RANDOM.randint(2, 40) for _ in range(13))]
 PROMPTS = [[RANDOM.randrange(256) for _ in range(length)] for length in LENGTHS]
 INT8_ERROR, ROUTED_ERROR = 0.08, 0.25
-"""Of the spread of a position's logits: how far int8 may move log-probabilities, in the mean; with experts, of which a
-random router chooses others where two are nearly equal."""
+"""Most that int8 may move log-probabilities in the mean, as a share of the spread of a position's logits. With experts
+it is more: a random router chooses others where two are nearly equal."""
 
 
 def make_llm(folder: Path, **options: int | str) -> LLM:

@@ -83,8 +83,8 @@ def end_tokens_of(file: GgufFile) -> list[int]:
 
 
 def block_bytes_of(file: GgufFile) -> int:
-    """Memory of the weights of a file with blocks of few bits; 0 for one of floats. A layer's experts of which some
-    matrices are floats are widened to 16 bits."""
+    """Memory of the weights of a file with blocks of few bits; 0 for one of floats. If some matrices of
+    a layer's experts are floats, all of them are widened to 16 bits."""
     matrices = [(name, tensor) for name, tensor in file.tensors.items() if len(tensor.shape) > 1]
     if all(tensor.block.is_float for _, tensor in matrices):
         return 0

@@ -6,7 +6,7 @@ from quire.server.fill_in import find_marks
 
 
 def capabilities(context: RequestContext) -> list[str]:
-    """Those of the engine of `context`, among completion, embedding, vision, tools, thinking and insert."""
+    """Names of what the engine of `context` can do, among completion, embedding, vision, tools, thinking and insert."""
     engine, config, tokenizer = context.engine, context.engine.model_config, context.tokenizer_if_any()
     if config.pooling is not None:
         return ["embedding"]

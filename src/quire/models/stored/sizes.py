@@ -75,7 +75,7 @@ def _experts_of(name: str) -> str | None:
 
 
 def _mixed_experts(entries: Mapping[str, Entry], stored: StoredWeights) -> set[str]:
-    """Scopes of experts of which some matrices are floats, or in other schemes than others."""
+    """Scopes of experts whose matrices are partly floats, or in several schemes."""
     schemes: dict[str, set[Scheme | None]] = {}
     for name, entry in entries.items():
         scope = _experts_of(name)
