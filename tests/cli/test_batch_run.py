@@ -99,7 +99,7 @@ def test_a_disk_that_fills_and_an_interrupt_lose_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_requests(requests, 20)
+    write_requests(requests, 60)
     command = ["batch", "run", str(requests), str(out), "--max-num-seqs", "4", "--threads", "1"]
     save, num_saves = BatchStore.add_answers, 0
 
@@ -108,7 +108,7 @@ def test_a_disk_that_fills_and_an_interrupt_lose_nothing(
         num_saves += 1
         if num_saves == 2:
             raise sqlite3.OperationalError("database or disk is full")
-        if num_saves == 4:
+        if num_saves == 3:
             os.kill(os.getpid(), signal.SIGINT)
         save(self, *args)
 
@@ -123,4 +123,4 @@ def test_a_disk_that_fills_and_an_interrupt_lose_nothing(
     assert "the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr("quire.cli.batch_run.shutil.move", move)
     assert run(command) == 0
-    assert custom_ids(out) == [f"r{index}" for index in range(20)]
+    assert custom_ids(out) == [f"r{index}" for index in range(60)]

@@ -24,7 +24,7 @@ def test_room_is_made_by_what_was_used_least_recently() -> None:
     tier = Tier(300, 100)
     for block_hash in (b"a", b"b", b"c"):
         assert tier.make_room(100, never) == []
-        tier.add(block_hash)
+        tier.add(block_hash, tier.block_bytes)
     tier.touch(b"a")
     assert tier.make_room(100, never) == [b"b"]
     assert tier.hashes() == [b"c", b"a"]
@@ -66,7 +66,7 @@ def test_sizes_against_a_plain_model(seed: int) -> None:
             evicted = tier.make_room(2, never)
             assert evicted == model[: max(0, len(model) - 4)]
             model = [*model[len(evicted or ()) :], block_hash]
-            tier.add(block_hash)
+            tier.add(block_hash, tier.block_bytes)
         assert tier.hashes() == model
         assert tier.stats.num_bytes == 2 * len(model) <= 10
 

@@ -85,8 +85,8 @@ def test_tiers_are_media(tier_name: str, medium: str) -> None:
     pool = BlockPool(1, SIZE)
     recorder = EventRecorder(pool, TierIndex(lambda: 0.0, **{tier_name: tier}), "quire")
     (block_hash,) = store(pool, [1, 2])
-    tier.add(block_hash)
-    tier.add(b"of another model")
+    tier.add(block_hash, tier.block_bytes)
+    tier.add(b"of another model", tier.block_bytes)
     store(pool, [3, 4])  # evicts the first
     tier.remove(block_hash)
     events = [event for event in recorder.take() if not isinstance(event, BlockStored) or event.token_ids != [3, 4]]

@@ -141,14 +141,14 @@ def pack_experts(folder: Path) -> Path:
 
 
 def test_packed_experts_keep_their_bits(tmp_path: Path) -> None:
-    """Their numbers are exact, so logits are as near as with floats, and the plan counts 17 bytes for 32 numbers."""
+    """Their numbers are exact, and the rows that meet them have 15 bits; the plan counts 17 bytes for 32 numbers."""
     folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
     floats = pack_experts(folder)
     ids = prompt(50)
     model = PagedModel(folder)
     experts = model.model.layers[0].mlp.experts  # type: ignore[attr-defined]
     assert isinstance(experts.packed.gate_up, BlockWeight)
-    assert_close(model.step({0: ids})[0], expected_logits(floats, ids))
+    assert_close(model.step({0: ids})[0], expected_logits(floats, ids), 1e-3)
     numbers = 4 * 6 * 3 * 64 * 64
     of_floats, packed = (ModelConfig.from_folder(each).spec for each in (floats, folder))
     assert of_floats.num_parameters == packed.num_parameters
@@ -164,8 +164,8 @@ def test_packed_experts_beside_other_layers(dtype: str, tmp_path: Path) -> None:
     ids = prompt(50)
     fast = PagedModel(folder, dtype).step({0: ids})[0]
     slow = PagedModel(folder, dtype, kernels=reference).step({0: ids})[0]
-    # Of two candidates for a scale that are as good as each other, the search may take another.
-    assert (fast - slow).norm() < 4e-2 * slow.norm()
+    # Where two scales, or two numbers of digits, are nearly as good as each other, the kernels may take the other one.
+    assert (fast - slow).norm() < 6e-2 * slow.norm()
 
 
 def test_kernels_without_mxfp4_unpack_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

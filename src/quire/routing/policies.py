@@ -56,7 +56,7 @@ class LeastWork:
     most_ahead: float = 1.15
     """The work of a replica beyond this many times the mean, and a share of the prompt, adds to its cost. So no replica
     stays far ahead."""
-    free_share: float = 0.25
+    free_share: float = 0.1
     """That share. Where there are fewer conversations than replicas, it lets each stay where its blocks are."""
 
     def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
