@@ -26,7 +26,18 @@ FOREIGN_FLAGS = {
     *("cpus", "cpunodebind", "membind", "interleave"),  # docker, numactl
     *("hypothesis-seed",),  # pytest
     *("pip-args", "extra-index-url", "torch-backend"),  # pipx, pip, uv
-    *("option", "repeats", "servers", "num-prompts", "output", "strict", "measure"),  # of scripts, mypy
+    *(
+        "option",
+        "repeats",
+        "servers",
+        "num-prompts",
+        "output",
+        "strict",
+        "measure",
+        "streams",
+        "peers",
+        "decisions",
+    ),  # of scripts, mypy
 }
 
 
