@@ -175,3 +175,10 @@ def test_the_name_of_a_folder_hides_where_it_lies(tmp_path: Path, monkeypatch: p
     assert (model_name("."), model_name("..")) == ("small", "org")
     assert model_name("org/on-the-hub") == "org/on-the-hub"
     assert model_name("") == "quire-bundled"
+
+
+def test_a_short_name_has_the_sampling_of_its_card(tmp_path: Path) -> None:
+    assert read_default_params(EngineConfig(model="smollm2"), tmp_path) == {"temperature": 0.2, "top_p": 0.9}
+    assert read_default_params(EngineConfig(model="smollm2", generation_config="none"), tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert read_default_params(EngineConfig(model="smollm2"), tmp_path) == {"temperature": 0.5, "top_p": 0.9}

@@ -7,7 +7,7 @@ from typing import Any
 
 from quire.config import EngineConfig
 from quire.engine.model_sources.hub import download
-from quire.engine.model_sources.names import PackageName, parse_name, public_name
+from quire.engine.model_sources.names import SHORT_NAME_SAMPLING, PackageName, parse_name, public_name
 from quire.engine.model_sources.packages import find_package
 from quire.errors import CheckpointError, RequestError
 from quire.gguf.file import find_gguf, is_gguf, read_gguf
@@ -80,15 +80,19 @@ def model_name(model: str) -> str:
 
 
 def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
-    """Sampling defaults of the model's generation_config.json, under the names of `SamplingParams`.
+    """Sampling defaults of a model, from generation_config.json, its GGUF file or its short name; by the names of
+    `SamplingParams`.
 
     Raises `CheckpointError` for values that no request could be sampled with.
     """
     path = folder if is_gguf(folder) else folder / "generation_config.json"
-    if config.generation_config == "none" or not path.is_file():
+    if config.generation_config == "none":
         return {}
+    params: dict[str, Any] = dict(SHORT_NAME_SAMPLING.get(config.model, {}))
+    if not path.is_file():
+        return params
     found = sampling_of(read_gguf(path)) if path == folder else read_json(path)
-    params = {name: found[name] for name in _DEFAULT_PARAMS if found.get(name) is not None}
+    params |= {name: found[name] for name in _DEFAULT_PARAMS if found.get(name) is not None}
     if found.get("max_new_tokens") is not None:
         params["max_tokens"] = found["max_new_tokens"]
     if found.get("do_sample") is False:

