@@ -141,7 +141,7 @@ class InputProcessor:
         token_ids = list(prompt)
         if isinstance(prompt, ImagePrompt):
             return prompt.text, token_ids, 0
-        if any(type(token_id) is not int for token_id in token_ids):  # neither bool nor numpy's
+        if not set(map(type, token_ids)) <= {int}:  # neither bool nor numpy's
             raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt")
         return None, token_ids, 0
 

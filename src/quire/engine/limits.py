@@ -1,6 +1,6 @@
 """Admission check: refuses a request that the model cannot serve. The front and the core run the same functions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -93,9 +93,8 @@ def _check_allowed(request: Request) -> None:
         )
 
 
-def _check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"{param} holds token {token_id}; the model's vocabulary ends at {vocab_size - 1}", param=param
-            )
+def _check_tokens(param: str, token_ids: Collection[int], vocab_size: int) -> None:
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):  # fast, also for long prompts
+        return
+    wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+    raise RequestError(f"{param} holds token {wrong}; the model's vocabulary ends at {vocab_size - 1}", param=param)
