@@ -271,7 +271,8 @@ def _open_tiers(target: _Target, kv_cache: KVCache) -> tuple[TierIndex | None, B
         host = Tier(num_host_blocks * block_bytes, block_bytes, state_bytes=in_blocks)
     if files is not None:
         on_disk = file_bytes(state_bytes)
-        disk = Tier(config.disk_cache_size, file_bytes(block_bytes), files.stored, state_bytes=on_disk)
+        size = config.disk_cache_size
+        disk = Tier(size, file_bytes(block_bytes), files.stored, state_bytes=on_disk, changes=files.take_changes)
     store = BlockStore(kv_cache, num_host_blocks=num_host_blocks, disk=files)
     return TierIndex(time.monotonic, host=host, disk=disk), store
 
