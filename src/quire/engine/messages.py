@@ -33,6 +33,17 @@ class Load(msgspec.Struct, tag=True):
     folder: str
 
 
+class RankLoad(msgspec.Struct):
+    """The part of a model that a rank other than 0 loads."""
+
+    config: EngineConfig
+    plan: MemoryPlan
+    folder: str
+    rank: int
+    meeting_file: str
+    """Where the ranks find each other."""
+
+
 class Add(msgspec.Struct, tag=True):
     request: Request
 

@@ -32,7 +32,7 @@ def main(fd: int) -> None:
     load = msgspec.msgpack.decode(first, type=RankLoad)
     bind_to_node(load.rank, load.config.tensor_parallel_size)
     with without_garbage_collection():
-        from quire.engine.build import build_follower
+        from quire.engine.build_rank import build_follower
     try:
         model_config = read_model(load.config, Path(load.folder))
         runner, connect = build_follower(load.config, model_config, load.plan, Path(load.folder), load.rank)

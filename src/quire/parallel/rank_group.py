@@ -1,8 +1,8 @@
 """RankGroup: the other ranks of a model as rank 0 sees them, and RankedExecutor, which runs every step on all of them.
 
 Rank 0 is the engine process. The others are its children, each with one end of a socketpair: they get their orders as
-frames and exit when it closes. The tensors of a step travel between ranks by `quire.layers.ranks`, not here. A rank that
-dies ends the group: no step can be computed without it, so the engine process ends too and is replaced as always.
+frames and exit when it closes. The tensors of a step travel between ranks by `quire.layers.ranks`, not here. A rank
+that dies ends the group: no step can be computed without it, so the engine process ends too and is replaced as always.
 """
 
 import contextlib
@@ -91,9 +91,7 @@ class RankGroup:
         self._sockets.append(mine)
         with theirs:
             command = [sys.executable, "-m", program, str(theirs.fileno())]
-            self._processes.append(
-                subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603
-            )
+            self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL))
         send_frame(mine, first)
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
