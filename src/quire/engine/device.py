@@ -70,15 +70,24 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
     return probe_cpu()
 
 
-def check_devices(num_ranks: int, device: Device) -> None:
-    """Raise `ConfigError` if there are fewer cards than ranks, each of which has one."""
-    if num_ranks > 1 and device.type == "mps":
-        raise ConfigError(f"tensor_parallel_size is {num_ranks}, but mps is one device; leave it out")
-    if num_ranks > 1 and device.type == "cuda" and device.is_here and num_ranks > device.number:
+def check_devices(number: int, device: Device) -> None:
+    """Raise `ConfigError` if there are fewer cards than the ranks of all engines, each of which has one."""
+    what = f"tensor_parallel_size times data_parallel_size is {number}"
+    if number > 1 and device.type == "mps":
+        raise ConfigError(f"{what}, but mps is one device; leave them out")
+    if number > 1 and device.type == "cuda" and device.is_here and number > device.number:
         raise ConfigError(
-            f"tensor_parallel_size is {num_ranks}, but the driver shows {device.number} CUDA devices; every rank needs "
-            "one of its own"
+            f"{what}, which needs {number} CUDA devices, but the driver shows {device.number}; every rank has its own"
         )
+
+
+def take_cards(index: int, number: int) -> None:
+    """Let this process see the `number` cards of the engine at `index` among equal ones, before it uses any."""
+    if index:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        first = index * number
+        cards = [str(card) for card in range(first + number)] if visible is None else visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(cards[first : first + number])
 
 
 def numa_nodes(root: Path = Path("/")) -> list[set[int]]:

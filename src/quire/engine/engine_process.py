@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter
 
 from quire.engine.core import EngineCore
-from quire.engine.device import bind_to_node
+from quire.engine.device import bind_to_node, take_cards
 from quire.engine.messages import (
     Abort,
     Add,
@@ -119,6 +119,7 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
+    take_cards(load.index, load.config.tensor_parallel_size)
     model_config = read_model(load.config, folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()

@@ -31,6 +31,8 @@ class Load(msgspec.Struct, tag=True):
     config: EngineConfig
     plan: MemoryPlan
     folder: str
+    index: int = 0
+    """The engine's place among equal ones; it takes the cards that follow those of the engines before it."""
 
 
 class RankLoad(msgspec.Struct):
