@@ -307,6 +307,7 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> tuple[Scheduler
             max_num_partial_prefills=config.max_num_partial_prefills,
             whole_prompts=target.model_config.needs_whole_texts,
             max_pinned_share=config.max_pinned_share,
+            background_delay=config.background_delay,
             max_kept_image_tokens=plan.images.kept_tokens,
             max_step_image_tokens=plan.images.step_tokens,
         ),
