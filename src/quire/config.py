@@ -159,6 +159,8 @@ class EngineConfig:
     """Most tokens computed in one step; None takes 512, on a GPU 8192, or max_num_seqs if that is more."""
     max_num_partial_prefills: int = 4
     """Most prompts that are computed in chunks at the same time."""
+    background_delay: float = 0.15
+    """Share of the time to a first token by which a step of the background (batches) may delay it, at most."""
     scheduling_policy: str = "fcfs"
     """Order of admission among requests of equal priority: fcfs, first come first served; shortest, least predicted
     need first, within a bound; fair, first the tenant (API key, else user) that was served least. With several API keys
@@ -267,14 +269,14 @@ class EngineConfig:
             if value is not None and (not isinstance(value, int) or not low <= value <= high):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
-            )
+            given = self.gpu_memory_utilization
+            raise ConfigError(f"gpu_memory_utilization is {given!r}; it must be above 0 and at most 1")
         for name in ("step_timeout", "load_timeout"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more seconds")
-        if not 0.0 <= self.max_pinned_share <= 1.0:
-            raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
+        for name, share in (("max_pinned_share", self.max_pinned_share), ("background_delay", self.background_delay)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"{name} is {share!r}; it must be from 0 to 1")
         if self.quantization is not None and self.quantization not in METHODS:
             raise ConfigError(
                 f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"

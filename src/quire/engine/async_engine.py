@@ -46,7 +46,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.model_task import read_model
 from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
-from quire.engine.request_streams import RequestStreams, Stream
+from quire.engine.request_streams import RequestStreams, Stream, Tap
 from quire.engine.text_prompts import TextPrompts, read_text_prompts
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
@@ -226,9 +226,11 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         timeout: float | None = None,
+        tap: Tap | None = None,
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
+        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it. What
+        `tap` takes is not yielded.
 
         The first item of a prompt that another engine began repeats what that engine made.
 
@@ -248,13 +250,12 @@ class AsyncLLM:
             if stream.replayed is not None:
                 finished = stream.replayed.finished
                 yield stream.replayed
+            stream.tap = tap
             while not finished:
-                await stream.changed.wait()
-                output = stream.take()
-                if output is not None:
-                    finished = output.finished
-                    output.request_id = request_id or output.request_id
-                    yield output
+                output = await stream.next()
+                finished = output.finished
+                output.request_id = request_id or output.request_id
+                yield output
         finally:
             self._streams.close(stream)
 
@@ -287,10 +288,7 @@ class AsyncLLM:
             timeout=timeout,
         )
         try:
-            output = None
-            while output is None:
-                await stream.changed.wait()
-                output = stream.take()
+            output = await stream.next()
         finally:
             self._streams.close(stream)
         output.request_id = request_id or output.request_id
