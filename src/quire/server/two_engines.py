@@ -17,7 +17,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import ConfigError, EngineUnavailableError
+from quire.errors import ConfigError, EngineUnavailableError, QueueFullError
 from quire.lora.registry import AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
@@ -88,6 +88,9 @@ class TwoEngines:
     @property
     def max_queue_size(self) -> int:
         return self._first.max_queue_size
+
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        return self._first.queue_refusal(tenant)
 
     @property
     def default_params(self) -> Mapping[str, Any]:
