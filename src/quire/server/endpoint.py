@@ -51,6 +51,8 @@ class RequestContext:
     send: Send
     client: Client
     services: Services
+    queues: bool = False
+    """The request will wait in the engine's queue."""
 
     def for_vectors(self) -> "RequestContext":
         """The same request with the engine that makes vectors, which may be another than the one that generates."""
@@ -67,6 +69,8 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
+        if self.queues and not self.asks_for_prompt:
+            self.services.door.check(self.engine, self.client.account or None)
         given = dict(self.scope["headers"]).get(STREAM_HEADER)
         if given is not None:
             handover = Handover.from_header(given)
@@ -257,4 +261,6 @@ class Endpoint:
     stream_type: str = "text/event-stream"
     public: bool = False
     """Needs no API key."""
+    queues: bool = False
+    """Its requests wait in the engine's queue."""
     errors: ErrorForm = OPENAI_ERRORS
