@@ -40,7 +40,7 @@ def cluster_serve(
     shown = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     ServerSettings(**{**checked.server, **shown})  # a public address needs API keys
     try:
-        from quire.cluster.start import deploy, join_ray, leave, start_serve
+        from quire.cluster.start import deploy, join_ray, leave, start_serve, watch_head
     except ImportError:
         raise ConfigError("clusters need Ray; install it with: pip install 'quire-llm[ray]'") from None
 
@@ -56,7 +56,7 @@ def cluster_serve(
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
+    watch_head(stopped)
     report("stopping: replicas finish their requests")
     leave(address)
     return 0

@@ -13,6 +13,8 @@ APP_NAME = "quire"
 _MAX_ONGOING = 4096
 """Requests in the router at once, as Serve counts them; the router has limits of its own."""
 _SPARE_SECONDS = 10.0
+_STARTS = 3
+"""Times that a replica is tried to start. Serve's own 20 would take minutes over a model that is not there."""
 
 
 def make_application(args: Mapping[str, Any]) -> serve.Application:
@@ -28,6 +30,7 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=_STARTS,
         **_scale(options.cluster),
     )
     router = serve.deployment(
@@ -36,6 +39,7 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
     )
     return router.bind(options, replicas.bind(options))
 
@@ -51,4 +55,7 @@ def _scale(cluster: ClusterSettings) -> dict[str, Any]:
         },
     }
     limits = {"min_replicas": cluster.replicas, "max_replicas": cluster.max_replicas}
-    return {"autoscaling_config": {**limits, "policy": policy}}
+    delays = {"upscale_delay_s": cluster.upscale_delay, "downscale_delay_s": cluster.downscale_delay}
+    # Numbers of a few seconds, not the half minute over which Serve averages the requests that it counts itself.
+    looks = {"metrics_interval_s": 2.0, "look_back_period_s": 6.0}
+    return {"autoscaling_config": {**limits, **delays, **looks, "policy": policy}}

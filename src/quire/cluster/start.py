@@ -2,6 +2,9 @@
 
 import logging
 import os
+import re
+import socket
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +25,10 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """For a Ray that starts here. What the user's environment says goes first."""
+
+
+_LOOK_SECONDS, _MISSED_LOOKS = 2.0, 5
+"""Seconds between looks at the head node, and looks without an answer after which it is dead."""
 
 
 def join_ray(address: str | None) -> None:
@@ -78,6 +85,24 @@ def deploy(options: Mapping[str, Any]) -> None:
         ) from None
 
 
+def watch_head(stopped: threading.Event) -> None:
+    """Wait until `stopped` is set. Raises `EngineDeadError` if the head node dies before: Ray would end this process
+    without a word."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    num_missed = 0
+    while not stopped.wait(_LOOK_SECONDS):
+        try:
+            socket.create_connection((host, int(port)), _LOOK_SECONDS).close()
+            num_missed = 0
+        except OSError:
+            num_missed += 1
+            if num_missed == _MISSED_LOOKS:
+                raise EngineDeadError(
+                    f"the Ray head node at {host}:{port} does not answer any more. Replicas on other nodes still "
+                    "answer, but nothing replaces them; start the head node again, and run this command again"
+                ) from None
+
+
 def leave(address: str | None) -> None:
     """Drain the replicas and end them. A Ray cluster that was joined keeps its other applications."""
     if address is None:
@@ -100,5 +125,7 @@ def _url(host: str, port: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """One line of a few hundred characters: Ray's messages hold whole stack traces."""
+    """One line of a few hundred characters: Ray's messages hold whole stack traces, with our error at their end."""
+    if own := re.findall(r"quire\.errors\.\w+: (.+)", str(error)):
+        return str(own[-1])[:600]
     return " ".join(str(error).split())[:300] or type(error).__name__
