@@ -1,14 +1,15 @@
 """What one server learns for all: requests that engines die of. And streams between servers of two versions."""
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
 from quire.router.app import RouterApp
 from quire.router.backends import Backends
-from tests.router.fake_server import FakeServer, marked
-from tests.router.test_proxy import DONE, STREAM, WHOLE, count_on, dies_after, route, text_of
+from tests.router.fake_server import Asked, Died, FakeServer, marked
+from tests.router.test_proxy import DONE, STREAM, WHOLE, count_on, route, text_of
 
 QUARANTINED = b'{"error":{"message":"m","code":"request_quarantined"}}'
 
@@ -37,7 +38,15 @@ def test_what_one_server_quarantines_all_refuse(streams: bool, begun: bool) -> N
 @pytest.mark.parametrize("others", [("2", "1"), ("2", "2"), ("", "")])
 def test_streams_go_on_at_a_server_of_the_same_version(others: tuple[str, str]) -> None:
     """Another version may give other tokens. It goes on only where no server of the same one is left."""
-    servers = [FakeServer(dies_after(3), version="1"), *(FakeServer(count_on, version=version) for version in others)]
+    others_are_up = asyncio.Event()
+
+    async def dies_then(asked: Asked) -> AsyncIterator[bytes]:
+        for token in range(3):
+            yield marked(f"t{token}", token)
+        await others_are_up.wait()
+        raise Died
+
+    servers = [FakeServer(dies_then, version="1"), *(FakeServer(count_on, version=version) for version in others)]
 
     async def test(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:
         for server in servers[1:]:
@@ -49,6 +58,7 @@ def test_streams_go_on_at_a_server_of_the_same_version(others: tuple[str, str]) 
         for server in servers[1:]:
             server.ready = 200
             await backends.look(backends.by_url[server.url])
+        others_are_up.set()
         assert (await sending).content == WHOLE
         if "1" in others:
             assert [len(server.asked) for server in servers] == [1, 0, 1]

@@ -1,12 +1,10 @@
 """make_application: from options to an application of Ray Serve, a router and its replicas."""
 
 from collections.abc import Mapping
-from hashlib import blake2b
 from typing import Any
 
 from ray import serve
 
-from quire import __version__
 from quire.cluster.options import ClusterOptions, ClusterSettings
 from quire.cluster.replica import REPLICA, ROUTER, ReplicaDeployment
 from quire.cluster.router import INGRESS, RouterDeployment
@@ -33,25 +31,19 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=_STARTS,
+        max_surge_percent=options.cluster.max_surge_percent,
         **_scale(options.cluster),
     )
     router = serve.deployment(
         serve.ingress(INGRESS)(RouterDeployment),
         name=ROUTER,
-        version=_router_version(options),
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
+        max_surge_percent=100,  # an update stops the old router when the new one can answer
     )
     return router.bind(options, replicas.bind(options))
-
-
-def _router_version(options: ClusterOptions) -> str:
-    """Equal as long as the router's code and settings are. Without it Serve would replace the router, and so stop all
-    new requests for the seconds that it takes to start, whenever replicas are updated."""
-    settings = blake2b(repr(options.router_settings()).encode(), digest_size=8).hexdigest()
-    return f"{__version__}-{settings}-{options.server.get('shutdown_timeout')}"
 
 
 def _scale(cluster: ClusterSettings) -> dict[str, Any]:
