@@ -228,7 +228,7 @@ def output_head(kernels: Kernels, table: LinearWeight, dtype: str, packing: Pack
 
 
 class DividedHead(Linear):
-    """An output head of which every rank has the rows of some tokens."""
+    """An output head whose rows are divided among ranks by tokens."""
 
     __slots__ = ("_among", "num_padded", "vocab_size")
 
