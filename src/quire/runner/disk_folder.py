@@ -179,7 +179,11 @@ def open_folder(folder: str | Path, root: Path, fingerprint: bytes) -> tuple[int
         if lock is None:
             logger.warning("disk tier: a process of an older Quire uses %s; running without it", root)
             return None
-        return lock, Lease(root)
+        try:
+            return lock, Lease(root)
+        except OSError:
+            os.close(lock)
+            raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             logger.warning("disk tier: cannot begin at %s: %s; running without it", root, error.strerror)
