@@ -134,7 +134,8 @@ class RequestContext:
 
     async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
         """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
-        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
+        timeout = self.settings.stall_timeout
+        await while_connected(self.receive, send_events(self.send, events, timeout, form, self.direct))
 
     @property
     def direct(self) -> DirectWriter | None:
