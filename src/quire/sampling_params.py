@@ -7,12 +7,12 @@ engine (vocabulary, context, `max_logprobs`) are checked in `quire.engine.limits
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from reprlib import repr as brief
 from typing import Any, Literal, NamedTuple
 
 from quire.errors import RequestError
 from quire.structured_outputs import StructuredOutputsParams
+from quire.vllm_rare_options import describe_unknown_field
 
 MAX_N = 128
 MAX_BEAM_WIDTH = 64
@@ -79,7 +79,7 @@ _TUPLES = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logits
 class SamplingParams:
     """How the tokens of one request are chosen, when it ends, and what is reported of it.
 
-    Raises `RequestError` (naming the field) for an unknown field and for a value out of range.
+    Raises `RequestError` (naming the field) for an unknown field or a value out of range.
     """
 
     n: int = 1
@@ -151,7 +151,8 @@ class SamplingParams:
 
     def __new__(cls, **options: object) -> "SamplingParams":
         if not options.keys() <= cls.__dataclass_fields__.keys():
-            _refuse_unknown(options.keys() - cls.__dataclass_fields__.keys())
+            name = min(options.keys() - cls.__dataclass_fields__.keys())
+            raise RequestError(describe_unknown_field(name, cls.__dataclass_fields__), param=name)
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -323,32 +324,6 @@ class BeamSearchParams:
         return SamplingParams(
             n=self.beam_width, **{field.name: getattr(self, field.name) for field in fields(BeamSearchParams)}
         )
-
-
-_FIELDS_ELSEWHERE = {
-    "extra_args": "extra holds labels for logits processors",
-    "flat_logprobs": "log-probabilities have one form; leave it out",
-    "guided_decoding": "use structured_outputs",
-    "logprob_token_ids": "logprobs=-1 reports the whole vocabulary",
-    "output_kind": "LLM returns whole outputs, AsyncLLM streams what is new; leave it out",
-    "prompt_logprob_start": "prompt_logprobs reports all positions",
-    "prompt_logprob_token_ids": "prompt_logprobs=-1 reports the whole vocabulary",
-    "repetition_detection": "see repetition_penalty and max_tokens",
-    "skip_reading_prefix_cache": "a cache_salt of its own keeps a request from the prefix cache",
-    "stream_interval": "AsyncLLM streams what each step adds; leave it out",
-    "thinking_token_budget": "see max_tokens",
-    "use_beam_search": "set beam_width, or call LLM.beam_search",
-    "watermarking": "Quire lacks it",
-}
-"""Fields that vLLM has or had, and Quire lacks → what to do."""
-
-
-def _refuse_unknown(names: Iterable[str]) -> None:
-    """Raise `RequestError` for a field that `SamplingParams` does not have."""
-    name = min(names)
-    near = get_close_matches(name, SamplingParams.__dataclass_fields__, n=1)
-    hint = _FIELDS_ELSEWHERE.get(name) or (f"did you mean {near[0]}?" if near else "leave it out")
-    raise RequestError(f"SamplingParams has no {name}: {hint}", param=name)
 
 
 def _check_number(name: str, value: object, limits: _Range, *, label: str = "") -> None:

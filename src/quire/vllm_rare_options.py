@@ -4,8 +4,9 @@ Names and defaults are those of vLLM 0.32, and of older versions that scripts st
 """
 
 import contextlib
+import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from quire.errors import ConfigError
@@ -200,7 +201,7 @@ _SEVERAL = frozenset(
 )
 """Options whose flags take several values."""
 
-ALL_FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
+RARE_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
     {
         **{
             name: ForeignOption(accepted, advice, several=name in _SEVERAL)
@@ -217,9 +218,9 @@ ALL_FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
             for advice, names in _HARMLESS_SWITCHES
             for name in names.split()
         },
-        **FOREIGN_OPTIONS,
     }
 )
+ALL_FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType({**RARE_OPTIONS, **FOREIGN_OPTIONS})
 """Option of vLLM that Quire lacks → what it accepts of it."""
 
 SHORT_FLAGS: Mapping[str, str] = MappingProxyType(
@@ -361,3 +362,28 @@ def advice_for(name: str, value: object) -> str:
     """What to do about a value that vLLM has for an option and Quire has not; "" for other values."""
     advice = FOREIGN_VALUES.get(name, {}).get(str(value).lower())
     return f"; {advice}" if advice else ""
+
+
+_FOREIGN_SAMPLING_FIELDS = {
+    "extra_args": "extra holds labels for logits processors",
+    "flat_logprobs": "log-probabilities have one form; leave it out",
+    "guided_decoding": "use structured_outputs",
+    "logprob_token_ids": "logprobs=-1 reports the whole vocabulary",
+    "output_kind": "LLM returns whole outputs, AsyncLLM streams what is new; leave it out",
+    "prompt_logprob_start": "prompt_logprobs reports all positions",
+    "prompt_logprob_token_ids": "prompt_logprobs=-1 reports the whole vocabulary",
+    "repetition_detection": "see repetition_penalty and max_tokens",
+    "skip_reading_prefix_cache": "a cache_salt of its own keeps a request from the prefix cache",
+    "stream_interval": "AsyncLLM streams what each step adds; leave it out",
+    "thinking_token_budget": "see max_tokens",
+    "use_beam_search": "set beam_width, or call LLM.beam_search",
+    "watermarking": "Quire lacks it",
+}
+"""Fields that vLLM's SamplingParams has or had, and Quire's lacks → what to do."""
+
+
+def describe_unknown_field(name: str, known: Iterable[str]) -> str:
+    """The error about a field that `SamplingParams` does not have."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = _FOREIGN_SAMPLING_FIELDS.get(name) or (f"did you mean {near[0]}?" if near else "leave it out")
+    return f"SamplingParams has no {name}: {hint}"
