@@ -6,10 +6,10 @@ Names and defaults are those of vLLM 0.32, and of older versions that scripts st
 import contextlib
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import MappingProxyType
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, RequestError
 from quire.vllm_options import FOREIGN_OPTIONS, ForeignOption
 
 DEFAULT_MAX_IMAGES = 16
@@ -382,8 +382,11 @@ _FOREIGN_SAMPLING_FIELDS = {
 """Fields that vLLM's SamplingParams has or had, and Quire's lacks → what to do."""
 
 
-def describe_unknown_field(name: str, known: Iterable[str]) -> str:
-    """The error about a field that `SamplingParams` does not have."""
+def check_sampling_fields(given: Set[str], known: Set[str]) -> None:
+    """Raise `RequestError` for a field that `SamplingParams` does not have."""
+    if given <= known:
+        return
+    name = min(given - known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = _FOREIGN_SAMPLING_FIELDS.get(name) or (f"did you mean {near[0]}?" if near else "leave it out")
-    return f"SamplingParams has no {name}: {hint}"
+    raise RequestError(f"SamplingParams has no {name}: {hint}", param=name)
