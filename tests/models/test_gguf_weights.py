@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from quire.errors import CheckpointError
 from quire.gguf.file import read_gguf
