@@ -15,6 +15,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ class Times:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     text: str = ""
+
+    @property
+    def per_token(self) -> float:
+        """Mean seconds between two events."""
+        return sum(self.gaps) / len(self.gaps)
 
 
 async def stream(client: httpx.AsyncClient, url: str, prompt: str, max_tokens: int) -> Times:
@@ -71,8 +77,8 @@ async def overhead(client: httpx.AsyncClient, url: str, num_pairs: int) -> None:
         took = {each: await stream(client, each, f"{number} " + " ".join(WORDS), NUM_TOKENS) for each in order}
         pairs.append((took[url], took[replica]))
     pairs = pairs[1:]  # the first one opens connections
-    for name, value in (("TTFT", lambda t: t.first), ("per token", lambda t: sum(t.gaps) / len(t.gaps))):
-        through, direct = ([1e3 * value(pair[side]) for pair in pairs] for side in (0, 1))
+    for name, read in (("TTFT", attrgetter("first")), ("per token", attrgetter("per_token"))):
+        through, direct = ([1e3 * float(read(pair[side])) for pair in pairs] for side in (0, 1))
         ratio = statistics.median(a / b for a, b in zip(through, direct, strict=True))
         difference = statistics.median(a - b for a, b in zip(through, direct, strict=True))
         print(
