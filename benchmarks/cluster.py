@@ -14,8 +14,8 @@ import os
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,6 @@ class Times:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     text: str = ""
-
-    @property
-    def per_token(self) -> float:
-        """Mean seconds between two events."""
-        return sum(self.gaps) / len(self.gaps)
 
 
 async def stream(client: httpx.AsyncClient, url: str, prompt: str, max_tokens: int) -> Times:
@@ -77,8 +72,12 @@ async def overhead(client: httpx.AsyncClient, url: str, num_pairs: int) -> None:
         took = {each: await stream(client, each, f"{number} " + " ".join(WORDS), NUM_TOKENS) for each in order}
         pairs.append((took[url], took[replica]))
     pairs = pairs[1:]  # the first one opens connections
-    for name, read in (("TTFT", attrgetter("first")), ("per token", attrgetter("per_token"))):
-        through, direct = ([1e3 * float(read(pair[side])) for pair in pairs] for side in (0, 1))
+    figures: tuple[tuple[str, Callable[[Times], float]], ...] = (
+        ("TTFT", lambda times: times.first),
+        ("per token", lambda times: sum(times.gaps) / len(times.gaps)),
+    )
+    for name, value in figures:
+        through, direct = ([1e3 * value(pair[side]) for pair in pairs] for side in (0, 1))
         ratio = statistics.median(a / b for a, b in zip(through, direct, strict=True))
         difference = statistics.median(a - b for a, b in zip(through, direct, strict=True))
         print(
