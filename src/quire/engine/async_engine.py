@@ -46,11 +46,12 @@ from quire.engine.metrics import Metrics
 from quire.engine.model_task import read_model
 from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
-from quire.engine.request_streams import RequestStreams, Stream
+from quire.engine.queue_gate import QueueGate
+from quire.engine.request_streams import RequestStreams, Stream, Tap
 from quire.engine.text_prompts import TextPrompts, read_text_prompts
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
-from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
+from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, RequestOutput
@@ -99,6 +100,7 @@ class AsyncLLM:
         self._streams = RequestStreams(None, self._client.send)
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
+        self._gate = QueueGate(self._throughput, config.max_queue_size)
         self._request_numbers = itertools.count()
         self.questions = MemoryQuestions(self._client.send, lambda: self.state)
         self.memory_report = self.questions.report
@@ -212,6 +214,10 @@ class AsyncLLM:
         """Most requests that may wait; 0: no limit."""
         return self.config.max_queue_size
 
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        """Why a request of `tenant` (None: not known yet) would be refused for the queue's length, if it would."""
+        return self._gate.refusal(self._streams.num_live, self.memory_plan.max_num_seqs, tenant)
+
     @property
     def engine_pid(self) -> int:
         """Process id of the engine process."""
@@ -226,9 +232,11 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         timeout: float | None = None,
+        tap: Tap | None = None,
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
+        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it. What
+        `tap` takes is not yielded.
 
         The first item of a prompt that another engine began repeats what that engine made.
 
@@ -248,13 +256,12 @@ class AsyncLLM:
             if stream.replayed is not None:
                 finished = stream.replayed.finished
                 yield stream.replayed
+            stream.tap = tap
             while not finished:
-                await stream.changed.wait()
-                output = stream.take()
-                if output is not None:
-                    finished = output.finished
-                    output.request_id = request_id or output.request_id
-                    yield output
+                output = await stream.next()
+                finished = output.finished
+                output.request_id = request_id or output.request_id
+                yield output
         finally:
             self._streams.close(stream)
 
@@ -287,10 +294,7 @@ class AsyncLLM:
             timeout=timeout,
         )
         try:
-            output = None
-            while output is None:
-                await stream.changed.wait()
-                output = stream.take()
+            output = await stream.next()
         finally:
             self._streams.close(stream)
         output.request_id = request_id or output.request_id
@@ -322,8 +326,8 @@ class AsyncLLM:
             request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
-        num_live, num_running = self._streams.num_live, self.memory_plan.max_num_seqs
-        self._throughput.check_queue(num_live, num_running, self.config.max_queue_size)
+        if (full := self.queue_refusal(request.tenant)) is not None:
+            raise full
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago

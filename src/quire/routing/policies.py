@@ -23,6 +23,8 @@ class Prompt:
     block_size: int
     session: str = ""
     """A name of the conversation, equal for all its turns; empty if it has none."""
+    content: bytes = b""
+    """Equal for requests of the same tokens and parameters, whatever their seed; empty if it is unknown."""
 
 
 class Policy(Protocol):

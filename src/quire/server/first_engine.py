@@ -10,6 +10,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
+from quire.errors import QueueFullError
 from quire.lora.registry import AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport
@@ -58,6 +59,9 @@ class FirstEngine:
     @property
     def max_queue_size(self) -> int:
         return self._first.max_queue_size
+
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        return self._first.queue_refusal(tenant)
 
     @property
     def default_params(self) -> Mapping[str, Any]:

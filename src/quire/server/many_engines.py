@@ -20,6 +20,7 @@ from quire.engine.device import check_devices, find_device, usable_cores
 from quire.engine.input_processor import Prompt
 from quire.engine.memory_sizes import available_memory
 from quire.engine.metrics import Metrics
+from quire.engine.request_streams import Tap
 from quire.errors import EngineUnavailableError, QueueFullError
 from quire.kv_cache.block_hash import hash_block, root_hash
 from quire.outputs import RequestOutput
@@ -133,20 +134,30 @@ class ManyEngines(FirstEngine):
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        """The refusal of the last engine that is ready, if all of them refuse."""
+        refusal = None
+        for engine in self._usable:
+            refusal = engine.queue_refusal(tenant)
+            if refusal is None:
+                return None
+        return refusal
+
     async def generate(
-        self, prompt: str | list[int] | BegunPrompt, params: SamplingParams, **options: Any
+        self, prompt: str | list[int] | BegunPrompt, params: SamplingParams, *, tap: Tap | None = None, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `AsyncLLM.generate` of the engine that is chosen. One whose queue is full is passed over for another."""
         seen = self._seen(prompt, options)
         full: set[str] = set()
         while True:
             work, engine = self._choose(seen, full)
+            counted = None if tap is None else self._counting(tap, work)
             has_begun = False
             try:
-                async with aclosing(engine.generate(prompt, params, **options)) as outputs:
+                async with aclosing(engine.generate(prompt, params, tap=counted, **options)) as outputs:
                     async for output in outputs:
                         has_begun = True
-                        self._count(work, sum(len(sample.token_ids) for sample in output.outputs))
+                        self._count(work, output)
                         yield output
                 return
             except QueueFullError:
@@ -182,9 +193,21 @@ class ManyEngines(FirstEngine):
         work = self._fleet.choose(prompt, away.union(full))
         return work, self._first if work is None else self._engines[work.replica.name]
 
-    def _count(self, work: Work | None, num_tokens: int) -> None:
+    def _counting(self, tap: Tap, work: Work | None) -> Tap:
+        """`tap`, and what it takes is counted."""
+        if work is None:
+            return tap
+        count, take = self._fleet.add_tokens, tap.add
+
+        def add(index: int, text: str, token_id: int, now: float) -> None:
+            count(work, 1)
+            take(index, text, token_id, now)
+
+        return Tap(tap.ready, add)
+
+    def _count(self, work: Work | None, output: RequestOutput) -> None:
         if work is not None:
-            self._fleet.add_tokens(work, num_tokens)
+            self._fleet.add_tokens(work, sum(len(sample.token_ids) for sample in output.outputs))
 
     def _seen(self, prompt: Prompt | BegunPrompt, options: dict[str, Any]) -> policies.Prompt:
         """The prompt as the policy sees it. Blocks of a text, and of a prompt with images, are not known here."""
