@@ -26,7 +26,7 @@ from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
-from quire.engine.limits import NOTHING_YET, resumed
+from quire.engine.limits import NOTHING_YET, check_one_engine, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.memory_sizes import available_memory
@@ -47,7 +47,7 @@ from quire.engine.model_task import read_model
 from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.queue_gate import QueueGate
-from quire.engine.request_streams import RequestStreams, Stream
+from quire.engine.request_streams import RequestStreams, Stream, Tap
 from quire.engine.text_prompts import TextPrompts, read_text_prompts
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
@@ -65,9 +65,12 @@ logger = logging.getLogger(__name__)
 class AsyncLLM:
     """An engine in a child process. Call `start` first, on the event loop that will use it."""
 
-    def __init__(self, config: EngineConfig, report: Callable[[str], None] = logger.info) -> None:
-        """`report` gets the memory plan, the phases of start-up and a line of throughput every ten seconds."""
+    def __init__(self, config: EngineConfig, report: Callable[[str], None] = logger.info, *, index: int = 0) -> None:
+        """`report` gets the memory plan, the phases of start-up and a line of throughput every ten seconds. `index`:
+        the place among equal engines, which have other cards each."""
+        check_one_engine(config)
         self.config = config
+        self._index = index
         self.tokenizer: Tokenizer | None = None
         self.chat_template: ChatTemplateProcess | None = None
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
@@ -77,7 +80,7 @@ class AsyncLLM:
         """Names of a model that serves beside this one."""
         self.default_params: dict[str, Any] = {}
         self.text_prompts = TextPrompts()
-        self.metrics = Metrics(self.model_names[0])
+        self.metrics = Metrics(self.model_names[0], index)
         self._report = report
         self._model_config: ModelConfig | None = None
         self._memory_plan: MemoryPlan | None = None
@@ -105,18 +108,20 @@ class AsyncLLM:
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self, *, reserved: int = 0) -> None:
+    async def start(self, *, reserved: int = 0, memory: int | None = None) -> None:
         """Plan the memory, start the engine process, read the tokenizer. Weights go on loading when this returns.
-        `reserved` bytes of the host's memory belong to another engine.
+        `reserved` bytes of the host's memory belong to another engine; or `memory` bytes are this one's.
 
         Raises the errors of `quire.errors` for what can be known without loading.
         """
         folder = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
         self._model_config = read_model(self.config, folder)
-        self._memory_plan = plan_memory(self.config, self._model_config, max(0, available_memory() - reserved))
+        if memory is None:
+            memory = max(0, available_memory() - reserved)
+        self._memory_plan = plan_memory(self.config, self._model_config, memory)
         for line in self._memory_plan.describe():
             self._report(line)
-        await self._client.start(Load(self.config, self._memory_plan, str(folder)))
+        await self._client.start(Load(self.config, self._memory_plan, str(folder), self._index))
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
         self.text_prompts = read_text_prompts(folder)
@@ -227,9 +232,11 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         timeout: float | None = None,
+        tap: Tap | None = None,
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
+        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it. What
+        `tap` takes is not yielded.
 
         The first item of a prompt that another engine began repeats what that engine made.
 
@@ -249,13 +256,12 @@ class AsyncLLM:
             if stream.replayed is not None:
                 finished = stream.replayed.finished
                 yield stream.replayed
+            stream.tap = tap
             while not finished:
-                await stream.changed.wait()
-                output = stream.take()
-                if output is not None:
-                    finished = output.finished
-                    output.request_id = request_id or output.request_id
-                    yield output
+                output = await stream.next()
+                finished = output.finished
+                output.request_id = request_id or output.request_id
+                yield output
         finally:
             self._streams.close(stream)
 
@@ -288,10 +294,7 @@ class AsyncLLM:
             timeout=timeout,
         )
         try:
-            output = None
-            while output is None:
-                await stream.changed.wait()
-                output = stream.take()
+            output = await stream.next()
         finally:
             self._streams.close(stream)
         output.request_id = request_id or output.request_id

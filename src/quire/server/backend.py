@@ -9,6 +9,7 @@ from quire.engine.input_processor import Prompt
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
+from quire.engine.request_streams import Tap
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError, QueueFullError
@@ -93,6 +94,7 @@ class Engine(Protocol):
         workload: str = "",
         adapter: Adapter | None = None,
         timeout: float | None = None,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(

@@ -26,7 +26,7 @@ from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
-from quire.server.streaming import StreamForm, send_events, while_connected
+from quire.server.streaming import DIRECT, DirectWriter, StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
@@ -134,7 +134,14 @@ class RequestContext:
 
     async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
         """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
-        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
+        timeout = self.settings.stall_timeout
+        await while_connected(self.receive, send_events(self.send, events, timeout, form, self.direct))
+
+    @property
+    def direct(self) -> DirectWriter | None:
+        """A way past ASGI for events; None where something else serves the application than this package."""
+        writer: DirectWriter | None = self.scope.get("extensions", {}).get(DIRECT)
+        return writer
 
     @property
     def path_params(self) -> Mapping[str, str]:
