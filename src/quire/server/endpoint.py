@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 _MAX_NAMES = 20
 """Names of models that a refusal lists."""
-_LARGE_BODY = 2**18
-"""Bytes that take a millisecond or more to read."""
+_LARGE_BODY = 2**16
+"""Bytes that may take milliseconds to read."""
 _TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
