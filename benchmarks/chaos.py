@@ -214,7 +214,8 @@ async def opened(images: bool, prompts: tuple[Any, ...] | None, options: dict[st
     """An engine and what is asked of it: of the bundled model, or with `prompts` of one in `options`, or with `images`
     of a small one that reads them."""
     with tempfile.TemporaryDirectory() as folder:
-        given = {"swap_space": "8MiB", "disk_cache": f"{folder}/disk", "speculative_config": {"method": "ngram"}}
+        given: dict[str, Any] = {"swap_space": "8MiB", "disk_cache": f"{folder}/disk"}
+        given["speculative_config"] = {"method": "ngram"}
         given |= {"disable_log_stats": True, "step_timeout": 2.0, **options}
         if images:
             given["model"] = str(make_vision_checkpoint(Path(folder) / "model", "llava"))

@@ -80,8 +80,8 @@ class RequestContext:
             progress = decode_progress(body[: handover.num_bytes]) if handover.num_bytes else {}
             self.scope["state"]["handover"] = replace(handover, progress=progress)
             body = body[handover.num_bytes :]
-        decoded = await _in_turns(body, lambda: check_shape(body), lambda: decode_json(body, body_type))
-        names = await _in_turns(body, lambda: unknown_fields(body, body_type))
+        decoded: T = await _in_turns(body, lambda: check_shape(body), lambda: decode_json(body, body_type))
+        names: list[str] = await _in_turns(body, lambda: unknown_fields(body, body_type))
         if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
