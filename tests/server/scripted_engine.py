@@ -134,6 +134,11 @@ class ScriptedEngine:
     def stats(self) -> EngineStats:
         return EngineStats(num_blocks=64)
 
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        if not self.full:
+            return None
+        return QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
+
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:
             raise RequestError(f"the prefix has {len(prefix)} tokens")
@@ -186,8 +191,8 @@ class ScriptedEngine:
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}")
-        if self.full:
-            raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
+        if (refusal := self.queue_refusal(tenant)) is not None:
+            raise refusal
         self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload, adapter))
         self.num_running += 1
         started, finished = time.monotonic(), False

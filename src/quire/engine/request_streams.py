@@ -7,6 +7,7 @@ requests run after a death, and which one is at fault and ended.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -106,9 +107,9 @@ class RequestStreams:
         return len(self._streams)
 
     @property
-    def num_live(self) -> int:
-        """Requests that the engine has not finished."""
-        return sum(1 for stream in self._streams.values() if stream.live)
+    def num_live(self) -> Counter[str]:
+        """Requests that the engine has not finished, by tenant."""
+        return Counter(stream.request.tenant for stream in self._streams.values() if stream.live)
 
     def _check_pixels(self, request: Request) -> None:
         wanted = request.num_pixel_bytes

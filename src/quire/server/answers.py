@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from quire import __version__
 from quire.engine.request_streams import Tap
 from quire.errors import EngineUnavailableError, RequestError
 from quire.outputs import CompletionOutput, RequestOutput
@@ -169,7 +170,10 @@ class Answer:
         adapter = await find_adapter(engine, scheduling.adapter)
         digest = adapter.digest if adapter is not None else ""
         hashes = block_hashes(prompts[0], engine.block_size, scheduling.cache_salt, digest)
-        return PromptBlocks(engine.model_names[0], engine.block_size, sum(map(len, prompts)), hashes)
+        num_tokens = sum(map(len, prompts))
+        return PromptBlocks(
+            engine.model_names[0], engine.block_size, num_tokens, hashes, self.generation.content(digest), __version__
+        )
 
     def stream_form(self, *, marked: bool) -> StreamForm:
         """How the answer's stream is written; `marked` for a router that knows marks."""

@@ -196,5 +196,6 @@ ENDPOINTS = (
         ChatCompletionRequest,
         ChatCompletion,
         streams=True,
+        queues=True,
     ),
 )

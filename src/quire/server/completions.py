@@ -216,5 +216,6 @@ ENDPOINTS = (
         CompletionRequest,
         Completion,
         streams=True,
+        queues=True,
     ),
 )

@@ -73,7 +73,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self._offers_upgrade:
             self._overhead = 0
             super().on_headers_complete()
-            self.scope["extensions"] = {DIRECT: CycleWriter(self.cycle)}
+            extensions: dict[str, Any] = {DIRECT: CycleWriter(self.cycle)}
+            self.scope["extensions"] = extensions
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._header_timer is not None:  # else it is a trailer, which nobody reads

@@ -5,6 +5,9 @@ from asyncio import Queue, Task
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+import msgspec
 
 from quire.engine.metrics import Metrics
 from quire.engine.request_streams import Tap
@@ -47,6 +50,12 @@ class Generation:
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.params.n
+
+    def content(self, adapter: str) -> bytes:
+        """A digest of the prompts and parameters, without the seed and the client; `adapter` is the adapter's."""
+        params = self.params.with_changes(seed=None)
+        images = [getattr(prompt, "inputs", ()) for prompt in self.prompts]
+        return blake2b(msgspec.msgpack.encode((self.prompts, params, adapter, images)), digest_size=16).digest()
 
     async def run(self, engine: Engine, tap: Tap | None = None) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield (index of the prompt, its new output). Raises the refusals of API key and engine, and the error of a
