@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from quire.dtypes import FLOAT32_BYTES
 from quire.kernels import Kernels
 from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.coded import CodedMatrix
@@ -24,6 +26,7 @@ from quire.layers.linear import (
 )
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
+from quire.models.safetensors_file import RELEASED_BYTES
 from quire.models.weights import WeightScope
 from quire.quantization import METHODS
 
@@ -149,7 +152,9 @@ class Builder:
         if not self.weights.has(name) or isinstance(table, BlockMatrix):
             return False
         shape = (table.shape[0], table.shape[1])
-        differs = not torch.equal(self.weights.take(name, shape), table)
+        num_rows = max(1, RELEASED_BYTES // (table.shape[1] * FLOAT32_BYTES))
+        pieces = (each.split(num_rows) for each in (self.weights.take(name, shape), table))
+        differs = not all(self._are_equal(rows, others) for rows, others in zip(*pieces, strict=True))
         if differs:
             logger.warning(
                 "the checkpoint holds %s with other values than the embeddings, although tie_word_embeddings is true; "
@@ -158,6 +163,13 @@ class Builder:
                 table.nbytes / 1e6,
             )
         return differs
+
+    def _are_equal(self, rows: Tensor, others: Tensor) -> bool:
+        """Whether rows of two tables are equal, whatever their types; their pages are given back."""
+        equal = torch.equal(rows.float(), others.float())
+        for each in (rows, others):
+            self.weights.release(each)
+        return equal
 
     def rounded(self, factor: float) -> float:
         """A factor as the checkpoint's dtype holds it, which is how transformers multiplies by it."""
