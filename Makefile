@@ -21,7 +21,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-clients test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-clients test-cluster test-gpu bench-gpu test-gpu-offline test-real test-asan test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -83,6 +83,9 @@ test-gpu: setup  ## Test the engine and all kernels on a CUDA GPU (minutes), int
 
 bench-gpu: setup  ## Measure a CUDA GPU, kernels and engine, against its ceilings and transformers, into one table
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+test-asan: setup  ## Test the CPU kernels built with sanitizers for addresses and undefined behaviour (some ten minutes)
+	@scripts/test_asan.sh $(ARGS)
 
 test-page: setup  ## Test the page at / in a real Chromium (apt-get install chromium), and make the pictures of the docs
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "quire: no Chromium; install one: apt-get install chromium"; exit 2; }

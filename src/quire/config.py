@@ -4,10 +4,8 @@ Its fields are the keyword arguments of `LLM` and the flags of `quire serve`. Va
 are never written back here: they belong to the memory plan.
 """
 
-import contextlib
 import difflib
 import errno
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,9 +15,12 @@ from typing import Any
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.kv_events_config import KVEventsConfig
+from quire.option_values import parse_size, parse_tokens
 from quire.quantization import METHODS
 from quire.request import POOLINGS, TASKS
-from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
+from quire.speculative_config import SpeculativeConfig
+from quire.vllm_options import RENAMED
+from quire.vllm_rare_options import ALL_FOREIGN_OPTIONS, DEFAULT_MAX_IMAGES, TRANSLATED_OPTIONS, advice_for
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPE_ALIASES = {
@@ -32,8 +33,14 @@ DTYPE_ALIASES = {
 }
 SCHEDULING_POLICIES = ("fcfs", "shortest", "fair")
 ADMISSIONS = ("current", "predicted")
-SPECULATIVE_METHODS = ("ngram",)
-OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
+OPTION_ALIASES = {
+    "num_gpu_blocks_override": "num_blocks",
+    "kv_cache_memory_bytes": "kv_cache_memory",
+    "device_memory_utilization": "gpu_memory_utilization",
+    "max_num_queued_reqs": "max_queue_size",
+    "allowed_origins": "allow_origins",
+}
+"""vLLM's name → Quire's, of an option of the engine or the server."""
 _CHOICES = {
     "dtype": DTYPES,
     "kv_cache_dtype": ("auto", *KV_CACHE_DTYPES),
@@ -47,6 +54,7 @@ _CHOICES = {
     "pooling_type": ("auto", *POOLINGS),
 }
 _INTEGERS = {
+    "seed": (-(2**63), 2**64 - 1),
     "max_model_len": (1, 2**24),
     "max_num_seqs": (1, 2**16),
     "max_num_batched_tokens": (1, 2**20),
@@ -61,6 +69,8 @@ _INTEGERS = {
     "image_cache_tokens": (1, 2**24),
     "max_loras": (1, 2**12),
     "max_lora_rank": (1, 2**12),
+    "tensor_parallel_size": (1, 64),
+    "data_parallel_size": (1, 64),
     "threads": (1, 1024),
 }
 """Option → its smallest and largest value; None is allowed if it is the default."""
@@ -69,56 +79,6 @@ _SIZES = (
     *("weights_cache_size", "max_image_size"),
 )
 """Options in bytes, which may be given as text, e.g. 4GiB."""
-_SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-_TOKEN_SUFFIXES = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculativeConfig:
-    """How tokens are drafted before the model computes them. Names and meanings are vLLM's."""
-
-    method: str = "ngram"
-    """ngram: the tokens that followed an earlier occurrence of the last tokens, in prompt or output."""
-    num_speculative_tokens: int = 16
-    """Longest draft in tokens; every step decides how much of a draft it computes."""
-    prompt_lookup_max: int = 8
-    """Most last tokens to look for; a longer match is preferred."""
-    prompt_lookup_min: int = 1
-    """Fewest last tokens to look for."""
-
-    def __post_init__(self) -> None:
-        if self.method not in SPECULATIVE_METHODS:
-            raise ConfigError(
-                f"speculative_config: method is {self.method!r}; it must be {' or '.join(SPECULATIVE_METHODS)}"
-            )
-        for name, high in (("num_speculative_tokens", 64), ("prompt_lookup_max", 64), ("prompt_lookup_min", 64)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= high:
-                raise ConfigError(f"speculative_config: {name} is {value!r}; it must be an integer from 1 to {high}")
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ConfigError(
-                f"speculative_config: prompt_lookup_min is {self.prompt_lookup_min}, more than prompt_lookup_max "
-                f"{self.prompt_lookup_max}"
-            )
-
-    @classmethod
-    def read(cls, value: "SpeculativeConfig | Mapping[str, Any] | str") -> "SpeculativeConfig":
-        """From a mapping, or from JSON. Raises `ConfigError`."""
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise ConfigError(f"speculative_config is {value!r}, which is not JSON: {error}") from error
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"speculative_config is {value!r}; it must be an object such as {{'method': 'ngram'}}")
-        known = [f.name for f in fields(cls)]
-        if unknown := value.keys() - known:
-            raise ConfigError(f"speculative_config has unknown {sorted(unknown)}; it may have {', '.join(known)}")
-        return cls(**value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +120,8 @@ class EngineConfig:
     """Most tokens computed in one step; None takes 512, on a GPU 8192, or max_num_seqs if that is more."""
     max_num_partial_prefills: int = 4
     """Most prompts that are computed in chunks at the same time."""
+    background_delay: float = 0.15
+    """Share of the time to a first token by which a step of the background (batches) may delay it, at most."""
     scheduling_policy: str = "fcfs"
     """Order of admission among requests of equal priority: fcfs, first come first served; shortest, least predicted
     need first, within a bound; fair, first the tenant (API key, else user) that was served least. With several API keys
@@ -212,7 +174,7 @@ class EngineConfig:
     """How an embedding is made of a text's tokens: mean, cls, last, max. auto takes it from the folder."""
     speculative_config: SpeculativeConfig | None = None
     """Draft tokens and check several in one step when that is faster: {"method": "ngram"}, as JSON or a dict."""
-    max_images: int = 16
+    max_images: int = DEFAULT_MAX_IMAGES
     """Most images of one request. vLLM's limit_mm_per_prompt '{"image": 16}' is another spelling."""
     max_image_size: int = 20 * 2**20
     """Most bytes of an image's file, e.g. 20MiB."""
@@ -238,6 +200,12 @@ class EngineConfig:
     """auto takes sampling defaults from the model's generation_config.json; none ignores it, except for end tokens."""
     threads: int | None = None
     """CPU threads for computing; None takes one per core that this process may use, within a container's CPU limit."""
+    tensor_parallel_size: int = 1
+    """Processes (ranks) that hold the model together, each a part of every layer: on cards one each, on a CPU one for
+    each NUMA node."""
+    data_parallel_size: int = 1
+    """Engines behind one server, each with all of the model; a prompt goes to the one that holds most of its blocks.
+    Only while serving."""
     spare: bool | None = None
     """Keep a second process that has imported torch, some 200 MB, to replace an engine that dies; None: if 2 GiB are
     free. Only while serving."""
@@ -256,23 +224,33 @@ class EngineConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+                hint = advice_for(name, value)
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}")
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not low <= value <= high):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
-            )
+            given = self.gpu_memory_utilization
+            raise ConfigError(f"gpu_memory_utilization is {given!r}; it must be above 0 and at most 1")
         for name in ("step_timeout", "load_timeout"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more seconds")
-        if not 0.0 <= self.max_pinned_share <= 1.0:
-            raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
+        for name, share in (("max_pinned_share", self.max_pinned_share), ("background_delay", self.background_delay)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"{name} is {share!r}; it must be from 0 to 1")
         if self.quantization is not None and self.quantization not in METHODS:
             raise ConfigError(
                 f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
+                f"{advice_for('quantization', self.quantization)}"
+            )
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(option.default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{option.name} is {value!r}; it must be True or False")
+        if self.swap_space is not None and self.swap_space < 2**20:
+            raise ConfigError(
+                f"swap_space is {self.swap_space} bytes, less than a block; give it with its unit, e.g. 4GiB"
             )
         self._check_conflicts()
 
@@ -283,6 +261,12 @@ class EngineConfig:
             object.__setattr__(self, name, DTYPE_ALIASES.get(value, value))
         if self.scheduling_policy == "priority":  # vLLM's name; here priorities count under every policy
             object.__setattr__(self, "scheduling_policy", "fcfs")
+        if self.task == "embedding":  # vLLM's older name
+            object.__setattr__(self, "task", "embed")
+        if self.seed is None:  # vLLM's default of late
+            object.__setattr__(self, "seed", 0)
+        if self.max_logprobs == -1:  # vLLM's name for no limit
+            object.__setattr__(self, "max_logprobs", _INTEGERS["max_logprobs"][1])
         if self.generation_config == "vllm":  # vLLM's name for ignoring the file
             object.__setattr__(self, "generation_config", "none")
         for name in ("max_model_len", "max_num_batched_tokens"):
@@ -306,12 +290,22 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
                 "every running sequence needs a token a step; raise the one or lower the other"
             )
+        self._check_ranks()
         if not self.enable_prefix_caching and (self.swap_space or self.disk_cache):
             option = "swap_space" if self.swap_space else "disk_cache"
             raise ConfigError(
                 f"{option} is {getattr(self, option)!r}, but stored blocks are found by the prefix cache, "
                 "which is off; enable it or leave the tier out"
             )
+
+    def _check_ranks(self) -> None:
+        """What one rank keeps is of no use to another, and all ranks must compute the same rows of logits."""
+        for name in ("disk_cache", "weights_cache", "enable_lora", "speculative_config", "async_scheduling"):
+            if self.tensor_parallel_size > 1 and getattr(self, name):
+                raise ConfigError(
+                    f"tensor_parallel_size is {self.tensor_parallel_size}, but {name} is {getattr(self, name)!r}, "
+                    "which needs one rank; leave one of them out"
+                )
 
     def make_folders(self) -> None:
         """Make the folders of the disk tier and of packed weights, before anything slow begins.
@@ -343,58 +337,16 @@ class EngineConfig:
         given: dict[str, Any] = {}
         for name, value in options.items():
             name = OPTION_ALIASES.get(name, name)
-            if name == "limit_mm_per_prompt":
-                name, value = "max_images", read_max_images(value)
+            if name in TRANSLATED_OPTIONS:
+                name, translate = TRANSLATED_OPTIONS[name]
+                value = translate(value)
             if name in known:
                 given[name] = value
-            elif name in FOREIGN_OPTIONS:
-                FOREIGN_OPTIONS[name].check(name, value)
+            elif name in ALL_FOREIGN_OPTIONS:
+                ALL_FOREIGN_OPTIONS[name].check(name, value)
             else:
-                names = sorted(known | OPTION_ALIASES.keys() | FOREIGN_OPTIONS.keys())
+                names = sorted(known | OPTION_ALIASES.keys() | ALL_FOREIGN_OPTIONS.keys())
                 near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"unknown option {name}{hint}")
         return cls(**given)
-
-
-def read_max_images(value: object) -> object:
-    """The images of vLLM's limit_mm_per_prompt, an object or its JSON. Raises `ConfigError` for limits of other
-    things."""
-    limits = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            limits = json.loads(value)
-    if not isinstance(limits, Mapping) or not limits.keys() <= {"image", "video", "audio"}:
-        raise ConfigError(f"limit_mm_per_prompt is {value!r}; give a number of images, such as '{{\"image\": 4}}'")
-    return limits.get("image", EngineConfig.__dataclass_fields__["max_images"].default)
-
-
-def parse_size(name: str, value: int | str | None) -> int | None:
-    """Bytes from an integer or a text such as 512MiB, 4GB or 1.5g. Raises `ConfigError` for anything else."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    if isinstance(value, str):
-        text = value.strip().lower().removesuffix("b")
-        digits = text.rstrip("kmgti")
-        factor = _SIZE_SUFFIXES.get(text[len(digits) :].strip(), 1 if digits == text else None)
-        try:
-            if factor is not None and (size := int(float(digits) * factor)) > 0:
-                return size
-        except (ValueError, OverflowError):
-            pass
-    raise ConfigError(f"{name} is {value!r}; give a positive number of bytes, e.g. 4GiB or 500MB")
-
-
-def parse_tokens(name: str, value: int | str | None) -> int | None:
-    """Tokens from an integer or from a text as vLLM reads it: 32k is 32,000, 32K is 32,768. For max_model_len, auto and
-    -1 are None. Raises `ConfigError` for a text that is no number."""
-    if name == "max_model_len" and value in ("auto", -1, "-1"):
-        return None
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    factor = _TOKEN_SUFFIXES.get(text[-1:], 1)
-    try:
-        return int(float(text[:-1]) * factor) if factor > 1 else int(text)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{name} is {value!r}; give a number of tokens, e.g. 32768, 32k or 32K") from None

@@ -271,7 +271,7 @@ def test_what_servers_keep_is_asked_where_it_is() -> None:
 
 def test_streams_of_a_server_that_hangs_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut network closes no connection: the server is taken for dead when it answers no probe."""
-    monkeypatch.setattr("quire.router.backends.PROBE_SECONDS", 0.05)
+    monkeypatch.setattr("quire.router.backends.PROBE_SECONDS", 0.3)
 
     async def hangs(asked: Asked) -> AsyncIterator[bytes]:
         yield marked("t0", 0)

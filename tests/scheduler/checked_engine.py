@@ -6,7 +6,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from quire.config import SpeculativeConfig
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.kv_cache.states import StatePool
@@ -18,6 +17,7 @@ from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence, SequenceGroup
+from quire.speculative_config import SpeculativeConfig
 from quire.step import StepPlan, StepResult, TokenLogprobs
 from quire.structured_outputs import StructuredOutputsParams
 from tests.scheduler.fake_runner import EOS, NOTHING, STOP_TOKEN, FakeRunner, alone, kv_of_all, next_token
@@ -103,6 +103,7 @@ class Engine:
         admission: str = "current",
         windows: SequenceOf[int] = (0,),
         num_snapshots: int | None = None,
+        background_delay: float = 0.15,
     ) -> None:
         """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
         has `num_failures` times no memory for a step of more than one token. With `num_snapshots` the model is
@@ -128,6 +129,7 @@ class Engine:
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_model_len=256,
                 max_num_partial_prefills=max_num_partial_prefills,
+                background_delay=background_delay,
             ),
             speculation=guesses,
             states=self.states,

@@ -9,9 +9,9 @@ from typing import Any
 
 from quire.backends import BACKENDS, Backend, choose_backend, has_package
 from quire.config import EngineConfig
-from quire.engine.device import Device, find_device
+from quire.engine.device import Device, check_devices, find_device
 from quire.engine.image_memory import NO_IMAGES, TEXT_TOKENS, ImageMemory
-from quire.engine.memory_budget import StorageChoice, make_budget
+from quire.engine.memory_budget import MemoryBudget, StorageChoice, make_budget
 from quire.engine.memory_refusals import (
     check_backend,
     check_context,
@@ -21,10 +21,11 @@ from quire.engine.memory_refusals import (
     check_whole_texts,
 )
 from quire.engine.memory_sizes import available_memory, show_bytes
-from quire.engine.state_memory import plan_states
+from quire.engine.state_memory import StateMemory, plan_states
 from quire.errors import ConfigError
 from quire.kv_groups import KVGroup, describe_groups, most_blocks, window_alignment
 from quire.model_config import ModelConfig
+from quire.model_config.divided import divide
 
 MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
@@ -83,6 +84,8 @@ class MemoryPlan:
     images: ImageMemory = NO_IMAGES
     """For an image encoder and what it computes."""
     async_scheduling: bool = False
+    num_ranks: int = 1
+    """Ranks; all other sizes are those of one of them."""
 
     @property
     def total(self) -> int:
@@ -130,9 +133,10 @@ class MemoryPlan:
             f"{self.num_state_slots - self.max_num_seqs} of them for snapshots that prompts are found to begin with"
         )
         computed = [f"device: {self.device_name or self.device}, attention {self.attention_backend}"]
+        each = f" of each of {self.num_ranks} ranks" if self.num_ranks > 1 else ""
         return [
             *(computed if self.attention_backend != "cpu" else []),
-            f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
+            f"memory{each}: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
             f"weights {show_bytes(self.weights)} ({self.quantization or self.stored or self.dtype}) "
             f"+ activations {show_bytes(self.activations)} ({self.max_num_batched_tokens} tokens a step) "
             f"+ log-probabilities {show_bytes(self.logprobs)} "
@@ -188,6 +192,9 @@ def plan_memory(
     plan follows from its size alone, never from what other processes have taken of it at this moment.
     """
     device = device or find_device(config.device)
+    num_ranks = config.tensor_parallel_size
+    check_devices(num_ranks, device)
+    model = divide(model, num_ranks)
     longest = config.max_model_len or model.default_model_len
     if model.needs_whole_texts:
         longest = check_whole_texts(config, model, longest)
@@ -195,7 +202,7 @@ def plan_memory(
     check_backend(config, choice, device)
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None
-    available = int((device.total_memory or 0) * config.gpu_memory_utilization) if on_card else host
+    available = int((device.total_memory or 0) * config.gpu_memory_utilization) if on_card else host // num_ranks
     budget = make_budget(config, model, choice, device, available)
     block_size = choice.block_size
     check_parts(config, model, budget, block_size, host)
@@ -204,17 +211,7 @@ def plan_memory(
     share = 1.0 if on_card else KV_SHARE
     states = plan_states(config, model, budget, share)
     budget = replace(budget, states=states.num_bytes)
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-    elif config.kv_cache_memory is not None:
-        num_blocks = config.kv_cache_memory // budget.block
-    else:
-        # All sequences at full length could never fill more, with the blocks that they give back.
-        useful = states.max_num_seqs * -(-longest // block_size)
-        if model.is_encoder:  # nothing outlives a step, and admission leaves some blocks free
-            useful = (choice.max_num_batched_tokens // block_size + states.max_num_seqs) * 17 // 16 + 1
-        useful *= len(budget.layout.groups)
-        num_blocks = min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
+    num_blocks = _count_blocks(config, model, choice, budget, states, longest, share)
     alignment = window_alignment(block_size, batch_invariant=config.deterministic)
     check_pool(config, budget, num_blocks, block_size, alignment)
     max_model_len = budget.layout.longest(num_blocks, longest, block_size, alignment)
@@ -247,8 +244,33 @@ def plan_memory(
         state_bytes=states.slot_bytes,
         adapters=budget.adapters,
         images=budget.images,
-        async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
+        async_scheduling=num_ranks == 1 and device.type == "cuda"
+        if config.async_scheduling is None
+        else config.async_scheduling,
+        num_ranks=num_ranks,
     )
+
+
+def _count_blocks(
+    config: EngineConfig,
+    model: ModelConfig,
+    choice: StorageChoice,
+    budget: MemoryBudget,
+    states: StateMemory,
+    longest: int,
+    share: float,
+) -> int:
+    """Blocks of the pool: as asked for, else as many as `share` of the memory left holds and sequences could fill."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory // budget.block
+    # All sequences at full length could never fill more, with the blocks that they give back.
+    useful = states.max_num_seqs * -(-longest // choice.block_size)
+    if model.is_encoder:  # nothing outlives a step, and admission leaves some blocks free
+        useful = (choice.max_num_batched_tokens // choice.block_size + states.max_num_seqs) * 17 // 16 + 1
+    useful *= len(budget.layout.groups)
+    return min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
 
 
 def _describe_stored(model: ModelConfig, choice: StorageChoice) -> str:

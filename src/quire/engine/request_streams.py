@@ -7,6 +7,7 @@ requests run after a death, and which one is at fault and ended.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,17 @@ QUARANTINE_SECONDS = 600.0
 """Seconds for which the content of a request that killed the engine is refused."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Takes tokens in the pass that delivers them, and spares a switch of tasks for each. It gets the tokens of which
+    nothing but a text comes, while the consumer waits and holds no output, so that their order stays."""
+
+    ready: Callable[[], bool]
+    """Whether it can take a token now."""
+    add: Callable[[int, str, int, float], None]
+    """Takes (index of the sample, text, token, time)."""
+
+
 @dataclass(slots=True)
 class Stream:
     """One request in flight."""
@@ -41,9 +53,12 @@ class Stream:
     """Whether the present engine process has the request."""
     output: RequestOutput | None = None
     """Merged deltas that the consumer has not read yet; they take at most the memory of the whole output."""
-    error: QuireError | None = None
+    error: Exception | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when `take` has something to return or to raise."""
+    """Set when `next` has something to return or to raise."""
+    tap: Tap | None = None
+    is_awaited: bool = False
+    """The consumer waits in `next`."""
     replayed: RequestOutput | None = None
     """What another engine had made of the request."""
     deadline: asyncio.TimerHandle | None = None
@@ -52,8 +67,19 @@ class Stream:
     num_repeated_prompt_logprobs: int = 0
     """How many of them the present engine process will compute again."""
 
+    async def next(self) -> RequestOutput:
+        """What has arrived since the last call, apart from what the tap took. Raises the error that ended the request,
+        once its output is read."""
+        output = None
+        while output is None:
+            self.is_awaited = True
+            await self.changed.wait()
+            self.is_awaited = False
+            output = self.take()
+        return output
+
     def take(self) -> RequestOutput | None:
-        """What has arrived since the last call. Raises the error that ended the request, once its output is read."""
+        """What has arrived, if anything has; raises as `next` does."""
         if self.error is None:
             self.changed.clear()
         elif self.output is None:
@@ -81,9 +107,9 @@ class RequestStreams:
         return len(self._streams)
 
     @property
-    def num_live(self) -> int:
-        """Requests that the engine has not finished."""
-        return sum(1 for stream in self._streams.values() if stream.live)
+    def num_live(self) -> Counter[str]:
+        """Requests that the engine has not finished, by tenant."""
+        return Counter(stream.request.tenant for stream in self._streams.values() if stream.live)
 
     def _check_pixels(self, request: Request) -> None:
         wanted = request.num_pixel_bytes
@@ -159,10 +185,7 @@ class RequestStreams:
 
     def deliver(self, deltas: StepDeltas) -> int:
         """Add the results of a step to the streams; returns how many requests it finished."""
-        for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
-            stream = self._streams.get(request_id)
-            if stream is not None and index in stream.live:
-                stream.live[index].append(token_id)
+        rest = self._deliver_tokens(deltas)
         for delta in deltas.others:
             stream = self._streams.get(delta.request_id)
             if stream is not None:
@@ -171,7 +194,7 @@ class RequestStreams:
             self._progress = True
             if self._blame.has_suspects:
                 self._clear(*{delta.request_id for delta in deltas})
-        outputs, stopped = self._outputs.process(deltas)
+        outputs, stopped = self._outputs.process(rest)
         for request_id, index in stopped:
             self._streams[request_id].live.pop(index, None)
         if stopped:
@@ -185,7 +208,32 @@ class RequestStreams:
             stream.changed.set()
         return sum(output.finished for output in outputs)
 
-    def end(self, request_id: str, error: QuireError) -> None:
+    def _deliver_tokens(self, deltas: StepDeltas) -> StepDeltas:
+        """Keep the tokens of the samples that gained no more, and give them to the taps. Returns what is left. An error
+        of a tap ends its request alone."""
+        rest = StepDeltas(others=deltas.others)
+        streams, now = self._streams, time.monotonic()
+        for sample, token_id in zip(deltas.samples, deltas.token_ids, strict=True):
+            request_id, index = sample
+            stream = streams.get(request_id)
+            if stream is None or (token_ids := stream.live.get(index)) is None:
+                continue  # aborted or stopped while this token was under way
+            token_ids.append(token_id)
+            tap = stream.tap
+            if tap is not None and stream.is_awaited and stream.output is None and tap.ready():
+                text = self._outputs.next_text(request_id, index, token_id, now)
+                if text is not None:
+                    try:
+                        tap.add(index, text, token_id, now)
+                    except Exception as error:
+                        self._abort(stream)
+                        self.end(request_id, error)
+                    continue
+            rest.samples.append(sample)
+            rest.token_ids.append(token_id)
+        return rest
+
+    def end(self, request_id: str, error: Exception) -> None:
         """End a stream with an error. Unknown ids are ignored."""
         stream = self._streams.get(request_id)
         if stream is not None:

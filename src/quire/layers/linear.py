@@ -13,6 +13,7 @@ from quire.kernels.coded import CodedMatrix, CodedWeight, can_join
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
+from quire.layers.ranks import Ranks
 from quire.quantization import METHODS, WeightFormat
 
 Table = Tensor | BlockMatrix
@@ -46,6 +47,8 @@ class LinearWeight:
     """[N]"""
     origin: LinearOrigin | None = None
     """Set where adapters may change the layer."""
+    ranks: Ranks | None = None
+    """Set where the layer has a part of the inputs: its outputs are summed over these ranks."""
 
     def select_rows(self, rows: Tensor) -> "LinearWeight":
         """The layer that computes the outputs `rows`, in their order."""
@@ -160,7 +163,9 @@ def dense_layer(
         else:
             runs.append([part])
     layers = [Linear(kernels, run, dtype, packing) for run in runs]
-    return layers[0] if len(layers) == 1 else SideBySide(layers)
+    layer = layers[0] if len(layers) == 1 else SideBySide(layers)
+    ranks = weights[0].ranks
+    return layer if ranks is None else SummedLinear(layer, ranks)
 
 
 def can_join_layers(weights: Sequence[LinearWeight]) -> bool:
@@ -215,3 +220,47 @@ def head_format(dtype: str) -> str | WeightFormat:
 def output_head(kernels: Kernels, table: LinearWeight, dtype: str, packing: Packing | None = None) -> Linear:
     """The layer that makes logits: a table [vocab_size, H], which may be the embedding's."""
     return Linear(kernels, [table], head_format(dtype), packing)
+
+
+class SummedLinear(Linear):
+    """A layer with a part of the inputs on every rank: its outputs are the sum over the ranks."""
+
+    __slots__ = ("own", "ranks")
+
+    def __init__(self, own: Linear, ranks: Ranks) -> None:
+        """`own` has this rank's inputs."""
+        self.own = own
+        self.ranks = ranks
+        self.num_inputs, self.num_outputs = own.num_inputs, own.num_outputs
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        return self.ranks.sum(self.own(x))
+
+    def unpacked(self) -> Tensor:
+        """This rank's columns."""
+        return self.own.unpacked()
+
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
+        return self.ranks.sum(self.own.after_gate(x, activation))
+
+
+class DividedHead(Linear):
+    """An output head whose rows are divided among ranks by tokens."""
+
+    __slots__ = ("num_padded", "ranks", "vocab_size")
+
+    def __init__(self, own: Linear, ranks: Ranks, num_padded: int, vocab_size: int) -> None:
+        """`own` has `num_padded` outputs on every rank but the last."""
+        self.kernels, self.packed, self.bias = own.kernels, own.packed, own.bias
+        self.num_inputs, self.num_outputs = own.num_inputs, own.num_outputs
+        self.ranks = ranks
+        self.num_padded = num_padded
+        self.vocab_size = vocab_size
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """x [R, H] -> [R, vocab_size], on every rank."""
+        own = super().__call__(x)
+        missing = self.num_padded - self.num_outputs
+        if missing:
+            own = torch.nn.functional.pad(own, (0, missing))
+        return self.ranks.gather(own)[:, : self.vocab_size].contiguous()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.models.blocks import PlainMLP, rms_head_norms, rotary_attention
+from quire.models.blocks import plain_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
 from quire.models.llama import Llama
@@ -33,14 +33,10 @@ class Apertus(Llama):
     """Llama's names, but for the norms of a layer."""
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
-        attention, mlp, inner = build.scope("self_attn"), build.scope("mlp"), build.config.intermediate_size
+        attention, mlp = build.scope("self_attn"), build.scope("mlp")
         return DecoderLayer(
             build.norm("attention_layernorm"),
             rotary_attention(attention, index, cos_sin, head_norms=rms_head_norms(attention)),
             build.norm("feedforward_layernorm"),
-            PlainMLP(
-                mlp.linear({"up_proj": inner}, build.config.hidden_size),
-                mlp.linear({"down_proj": build.config.hidden_size}, inner),
-                XIELU(mlp.weights.scope("act_fn")),
-            ),
+            plain_mlp(mlp, ("up_proj", "down_proj"), activation=XIELU(mlp.weights.scope("act_fn"))),
         )

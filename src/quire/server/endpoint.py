@@ -1,5 +1,6 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
+import asyncio
 import gc
 import time
 import uuid
@@ -25,12 +26,14 @@ from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
-from quire.server.streaming import StreamForm, send_events, while_connected
+from quire.server.streaming import DIRECT, DirectWriter, StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
 _MAX_NAMES = 20
 """Names of models that a refusal lists."""
+_LARGE_BODY = 2**18
+"""Bytes that take a millisecond or more to read."""
 _TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
@@ -51,6 +54,8 @@ class RequestContext:
     send: Send
     client: Client
     services: Services
+    queues: bool = False
+    """The request will wait in the engine's queue."""
 
     def for_vectors(self) -> "RequestContext":
         """The same request with the engine that makes vectors, which may be another than the one that generates."""
@@ -67,19 +72,16 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
+        if self.queues and not self.asks_for_prompt:
+            self.services.door.check(self.engine, self.client.account or None)
         given = dict(self.scope["headers"]).get(STREAM_HEADER)
         if given is not None:
             handover = Handover.from_header(given)
             progress = decode_progress(body[: handover.num_bytes]) if handover.num_bytes else {}
             self.scope["state"]["handover"] = replace(handover, progress=progress)
             body = body[handover.num_bytes :]
-        check_shape(body)
-        gc.disable()  # it would scan every object for each few hundred that are made
-        try:
-            decoded = decode_json(body, body_type)
-            names = unknown_fields(body, body_type)
-        finally:
-            gc.enable()
+        decoded: T = await _in_turns(body, lambda: check_shape(body), lambda: decode_json(body, body_type))
+        names = await _in_turns(body, lambda: unknown_fields(body, body_type))
         if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
@@ -132,7 +134,14 @@ class RequestContext:
 
     async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
         """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
-        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
+        timeout = self.settings.stall_timeout
+        await while_connected(self.receive, send_events(self.send, events, timeout, form, self.direct))
+
+    @property
+    def direct(self) -> DirectWriter | None:
+        """A way past ASGI for events; None where something else serves the application than this package."""
+        writer: DirectWriter | None = self.scope.get("extensions", {}).get(DIRECT)
+        return writer
 
     @property
     def path_params(self) -> Mapping[str, str]:
@@ -237,6 +246,20 @@ class RequestContext:
         return name
 
 
+async def _in_turns(body: bytes, *works: Callable[[], Any]) -> Any:
+    """The result of the last work on `body`. Each reads all of it: other requests run in between if it is large."""
+    result = None
+    for work in works:
+        if len(body) > _LARGE_BODY:
+            await asyncio.sleep(0)
+        gc.disable()  # it would scan every object for each few hundred that are made
+        try:
+            result = work()
+        finally:
+            gc.enable()
+    return result
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One route: method, path, handler, and the types of its body and reply for the OpenAPI file."""
@@ -251,4 +274,6 @@ class Endpoint:
     stream_type: str = "text/event-stream"
     public: bool = False
     """Needs no API key."""
+    queues: bool = False
+    """Its requests wait in the engine's queue."""
     errors: ErrorForm = OPENAI_ERRORS
