@@ -93,7 +93,7 @@ class Load:
         """Requests that arrive at random, `rate` in a second, whatever becomes of those before."""
         begin = due = time.monotonic()
         tasks: set[asyncio.Task[None]] = set()
-        while due < begin + seconds:
+        while max(due, time.monotonic()) < begin + seconds:
             await asyncio.sleep(max(0.0, due - time.monotonic()))  # what is late is sent at once
             task = asyncio.create_task(self.ask(key))
             tasks.add(task)
@@ -214,16 +214,17 @@ def overload(port: int, generator: Generator, seconds: float, turns: int) -> flo
     for _ in range(turns):
         with generator.load(seconds, clients=SEATS + QUEUE - PROBES) as load:
             full = probe(port, seconds, pause=0.001)
-        rate = (load["accepted"] + len(full.first_tokens)) / load["seconds"]
+        rate = max(0.1, (load["accepted"] + len(full.first_tokens)) / load["seconds"])
         with generator.load(seconds, rate=OVERLOAD * rate) as more:
             over = probe(port, seconds)
         ratios.append(percentile(over.first_tokens, 0.99) / percentile(full.first_tokens, 0.99))
         others += load["others"] + more["others"] + full.others
         refused.add(over)
-        sent = sum(more[kind] for kind in ("accepted", "refused", "others")) / more["seconds"]
+        sent = sum(more[kind] for kind in ("accepted", "refused", "others")) / seconds
         print(
-            f"{rate:.1f} requests/s at full load, TTFT p99 {percentile(full.first_tokens, 0.99):.3f} s; at "
-            f"{sent:.0f} requests/s {len(over.first_tokens)} measured, p99 {percentile(over.first_tokens, 0.99):.3f} s"
+            f"{rate:.1f} requests/s at full load, TTFT p99 {percentile(full.first_tokens, 0.99):.3f} s; at {sent:.0f} "
+            f"requests/s ({sent / rate:.1f} times of {OVERLOAD}) {len(over.first_tokens)} measured, p99 "
+            f"{percentile(over.first_tokens, 0.99):.3f} s"
         )
     waits = refused.retry_after
     print(

@@ -3,6 +3,7 @@
 # and runs their tests on them. Arguments go to pytest. The first build takes some ten minutes.
 set -eu
 cd "$(dirname "$0")/.."
+mkdir -p build
 python=$PWD/.venv/bin/python
 .venv/bin/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" \
   -DPython_EXECUTABLE="$python" -DQUIRE_SANITIZE=ON > build/asan-configure.log || { cat build/asan-configure.log; exit 1; }
