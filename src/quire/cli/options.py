@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -91,6 +92,7 @@ def split(options: dict[str, Any], *configs: type) -> list[dict[str, Any]]:
     return list(parts.values())
 
 
+@cache
 def field_docs(config: type) -> dict[str, str]:
     """The docstring below each field, by name; a subclass overrides those of its base."""
     docs: dict[str, str] = {}
@@ -104,6 +106,11 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
+@cache
+def _field_types(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
 def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
     """(class, field) for every flag; each name once."""
     by_name: dict[str, tuple[type, Field[Any]]] = {}
@@ -114,7 +121,7 @@ def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
 
 
 def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
-    kind = _TEXTS.get(field.name) or get_type_hints(config)[field.name]
+    kind = _TEXTS.get(field.name) or _field_types(config)[field.name]
     names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == field.name]
     names += [SHORT_FLAGS[field.name]] if field.name in SHORT_FLAGS else []
     group: dict[str, Any] = {"group": _GROUPS[config]} if config in _GROUPS else {}  # None would hide the flag

@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 _MAX_NAMES = 20
 """Names of models that a refusal lists."""
-_LARGE_BODY = 2**18
-"""Bytes that take a millisecond or more to read."""
+_LARGE_BODY = 2**16
+"""Bytes that may take milliseconds to read."""
 _TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
@@ -81,7 +81,7 @@ class RequestContext:
             self.scope["state"]["handover"] = replace(handover, progress=progress)
             body = body[handover.num_bytes :]
         decoded: T = await _in_turns(body, lambda: check_shape(body), lambda: decode_json(body, body_type))
-        names = await _in_turns(body, lambda: unknown_fields(body, body_type))
+        names: list[str] = await _in_turns(body, lambda: unknown_fields(body, body_type))
         if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded

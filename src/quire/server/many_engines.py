@@ -121,7 +121,7 @@ class ManyEngines(FirstEngine):
 
     @property
     def advances(self) -> bool:
-        return any(engine.advances for engine in self._engines.values())
+        return self.state == "ready" and any(engine.advances for engine in self._engines.values())
 
     @property
     def outage(self) -> EngineUnavailableError | None:
