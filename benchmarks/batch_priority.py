@@ -107,6 +107,7 @@ class Modelled:
         limits = SchedulerLimits(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=4096)
         scheduler = Scheduler(BlockPool(4096, 16, enable_prefix_caching=True), limits, clock=lambda: self.now)
         dice, arrival, running = random.Random(seed), 0.0, 0
+        arrivals = random.Random(seed)  # the same with and without a batch
         num_sent = 0
         while len(self.times) < num_requests:
             while running < self.num_background:
@@ -116,7 +117,7 @@ class Modelled:
                 name = f"c{num_sent}"
                 scheduler.add(self._request(name, num_prompt_tokens, 8, 0, dice))
                 self.waiting[name], num_sent = arrival, num_sent + 1
-                arrival += dice.expovariate(rate)
+                arrival += arrivals.expovariate(rate)
             if not scheduler.has_work:
                 self.now = arrival
                 continue
