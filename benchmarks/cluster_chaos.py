@@ -242,7 +242,8 @@ async def inflict(fault: str, cluster: Cluster, server: Member, tally: Tally, st
             await asyncio.sleep(CUT_SECONDS)
             server.send(signal.SIGCONT)
         case "cut network":
-            link = ["ip", "link", "set", f"{server.namespace}h"]
+            # The far end: without the near one its address would be looked for on other networks.
+            link = ["ip", "-n", server.namespace, "link", "set", "eth0"]
             subprocess.run([*link, "down"], check=True)
             await asyncio.sleep(CUT_SECONDS)
             subprocess.run([*link, "up"], check=True)
@@ -301,7 +302,7 @@ async def chaos(*, seconds: float, servers: int, streams: int, base_port: int, o
         urls = ",".join(each.url for each in members)
         router = Member("router", "--backends", urls, "--port", str(base_port), url=f"http://127.0.0.1:{base_port}")
         limits = httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=180, limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
             cluster = Cluster(members, router, client)
             while not all([await each.is_ready(client) for each in members]):
                 await asyncio.sleep(0.2)

@@ -36,7 +36,7 @@ def test_vllm_reads_quire_and_quire_reads_vllm() -> None:
         KVEventsConfig(endpoint=f"tcp://*:{quire_port}", replay_endpoint=f"tcp://*:{quire_replay}", topic=TOPIC)
     )
     python = Path(os.environ["QUIRE_TEST_VLLM"]) / "bin/python"
-    command = [python, PROGRAM, *map(str, (port, replay, quire_port, quire_replay))]
+    command = [str(python), str(PROGRAM), *map(str, (port, replay, quire_port, quire_replay))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as vllm:
         assert vllm.stdin is not None
         try:

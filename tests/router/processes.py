@@ -25,7 +25,7 @@ class Process:
         self._reader.start()
         return self
 
-    def await_ready(self, seconds: float = 120.0) -> None:
+    def await_ready(self, seconds: float = 300.0) -> None:
         assert self._is_ready.wait(seconds), "".join(self.lines)
         assert self._process.poll() is None, "".join(self.lines)
 
