@@ -64,9 +64,9 @@ def test_pasted_flags(arguments: list[str], said: str, capsys: pytest.CaptureFix
 
 def test_the_help_does_not_show_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--help"]) == 0
-    assert "tensor-parallel" not in capsys.readouterr().out
+    assert "pipeline-parallel" not in capsys.readouterr().out
     assert run(["serve", "--show-config"]) == 0
-    assert "tensor-parallel" not in capsys.readouterr().out
+    assert "pipeline-parallel" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
