@@ -16,9 +16,11 @@ from quire.engine.memory_refusals import (
     check_backend,
     check_context,
     check_model_fits,
+    check_packed_form,
     check_parts,
     check_pool,
     check_whole_texts,
+    with_packed_form,
 )
 from quire.engine.memory_sizes import available_memory, show_bytes
 from quire.engine.state_memory import plan_states
@@ -188,10 +190,12 @@ def plan_memory(
     plan follows from its size alone, never from what other processes have taken of it at this moment.
     """
     device = device or find_device(config.device)
+    config = with_packed_form(config, model)
     longest = config.max_model_len or model.default_model_len
     if model.needs_whole_texts:
         longest = check_whole_texts(config, model, longest)
     choice = _choose_storage(config, model, device, longest)
+    check_packed_form(model, choice.backend)
     check_backend(config, choice, device)
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None

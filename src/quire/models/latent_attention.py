@@ -151,8 +151,9 @@ def latent_attention(build: Builder, layer: int, cos_sin: Tensor | None) -> Late
 def _head_layers(build: Builder, shape: LatentShape) -> tuple[list[Linear], list[Linear]]:
     """For each head the layer from the unrotated part of a query to a latent, and the one from a latent to a value."""
     sizes = (shape.nope_dim, shape.value_dim)
-    stored = build.weights.take_linear("kv_b_proj", (build.config.num_heads * sum(sizes), shape.latent_dim))
-    keys, values = stored.floats().view(-1, sum(sizes), shape.latent_dim).split_with_sizes(sizes, dim=1)
+    # Their numbers are transposed here, so it is taken as a tensor, not as a layer.
+    stored = build.weights.take("kv_b_proj.weight", (build.config.num_heads * sum(sizes), shape.latent_dim))
+    keys, values = stored.view(-1, sum(sizes), shape.latent_dim).split_with_sizes(sizes, dim=1)
     return (
         [build.pack(LinearWeight(key.t())) for key in keys],
         [build.pack(LinearWeight(value)) for value in values],
