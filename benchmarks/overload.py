@@ -4,8 +4,12 @@
 
 Overload: the server is filled by as many clients as run and wait at once (full load). Then requests come at ten times
 the rate at which it answered. Compared are the times to the first token of accepted requests, and how long a refusal
-takes. Fairness: a light key asks alone, and then beside a heavy key that sends ten times as many requests. All is
-measured in turns, and the median of the turns' ratios is printed with the load of the machine.
+takes. Fairness: a light key asks alone, and then beside a heavy key that sends ten times as many requests.
+
+The load comes from a process of the lowest priority, so that it takes no CPU time from the server where both share the
+cores. Its clients count answers and measure nothing. A few clients of this process, which has the server's priority,
+measure. They also read how long they were ready to run and got no CPU: that part of a time is theirs and not the
+server's. All is measured in turns.
 """
 
 import argparse
@@ -13,31 +17,40 @@ import asyncio
 import json
 import os
 import random
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 QUEUE = 16
 """Requests that may wait."""
 SEATS = 8
 """Requests that run at once."""
+PROBES = 4
+"""Clients that measure."""
+PAUSE = 0.1
+"""Mean seconds between an answer and the next request of a client that measures."""
 OVERLOAD = 10
 LIGHT, HEAVY = "light-key", "heavy-key"
 
 
-@dataclass
-class Seen:
-    """What clients saw: seconds."""
-
-    first_tokens: list[float] = field(default_factory=list)
-    refusals: list[float] = field(default_factory=list)
-    retry_after: list[int] = field(default_factory=list)
-    others: int = 0
-    """Answers that are neither accepted nor refused with 429."""
+def body_of(key: str) -> bytes:
+    """A request of 32 tokens, as it is sent."""
+    prompt = f"{random.random()} What say you? "
+    body = json.dumps({"prompt": prompt, "max_tokens": 32, "ignore_eos": True, "stream": True}).encode()
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        b"authorization: Bearer %b\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+        % (key.encode(), len(body), body)
+    )
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -45,138 +58,245 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
-class Server:
-    """A server with two keys."""
+# -- the load ---------------------------------------------------------------------------------------------------------
 
-    def __init__(self, port: int) -> None:
-        self._port = port
 
-    async def ask(self, seen: Seen, key: str = LIGHT) -> None:
-        """One streamed request of 32 tokens."""
-        prompt = f"{random.random()} What say you? "
-        body = json.dumps({"prompt": prompt, "max_tokens": 32, "ignore_eos": True, "stream": True}).encode()
-        begin = time.monotonic()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+@dataclass
+class Load:
+    """Requests of the process that makes the load."""
+
+    port: int
+    counts: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "refused": 0, "others": 0})
+
+    async def ask(self, key: str) -> None:
+        """One streamed request, read to its end."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-                b"authorization: Bearer %b\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-                % (key.encode(), len(body), body)
-            )
-            head = await reader.readuntil(b"\r\n\r\n")
-            if head.startswith(b"HTTP/1.1 429"):
-                seen.refusals.append(time.monotonic() - begin)
-                seen.retry_after.append(int(head.lower().partition(b"retry-after: ")[2].split()[0]))
-            elif head.startswith(b"HTTP/1.1 200"):
-                await reader.readuntil(b"data: ")
-                seen.first_tokens.append(time.monotonic() - begin)
-                await reader.read()
-            else:
-                seen.others += 1
+            writer.write(body_of(key))
+            answer = await reader.read()
+            kinds = {b"200": "accepted", b"429": "refused"}
+            self.counts[kinds.get(answer[9:12], "others")] += 1
         finally:
             writer.close()
 
-    async def closed(self, clients: int, seconds: float, key: str = LIGHT) -> Seen:
+    async def closed(self, clients: int, seconds: float, key: str) -> None:
         """So many clients, each of which asks again when it was answered."""
-        seen, until = Seen(), time.monotonic() + seconds
+        until = time.monotonic() + seconds
 
         async def client() -> None:
             while time.monotonic() < until:
-                await self.ask(seen, key)
+                await self.ask(key)
 
         await asyncio.gather(*(client() for _ in range(clients)))
-        return seen
 
-    async def arriving(self, rate: float, seconds: float, key: str = LIGHT) -> Seen:
+    async def arriving(self, rate: float, seconds: float, key: str) -> None:
         """Requests that arrive at random, `rate` in a second, whatever becomes of those before."""
-        seen, until = Seen(), time.monotonic() + seconds
+        begin = due = time.monotonic()
         tasks: set[asyncio.Task[None]] = set()
-        while time.monotonic() < until:
-            task = asyncio.create_task(self.ask(seen, key))
+        while due < begin + seconds:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))  # what is late is sent at once
+            task = asyncio.create_task(self.ask(key))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-            await asyncio.sleep(random.expovariate(rate))
+            due += random.expovariate(rate)
         await asyncio.gather(*tasks)
-        return seen
 
 
-async def overload(server: Server, seconds: float, turns: int) -> None:
-    """Full load and ten times the load in turns."""
-    ratios, refusals, waits, others = [], list[float](), list[int](), 0
+def generate(port: int) -> None:
+    """Make the load that each line of the input describes, and write what became of it."""
+    os.nice(19)
+    for line in sys.stdin:
+        load, order = Load(port), json.loads(line)
+        begin = time.monotonic()
+        make = load.closed if "clients" in order else load.arriving
+        asyncio.run(make(**order))
+        print(json.dumps({**load.counts, "seconds": time.monotonic() - begin}), flush=True)
+
+
+class Generator:
+    """The process that makes the load."""
+
+    def __init__(self, port: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.overload", "--generate", str(port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    @contextmanager
+    def load(self, seconds: float, key: str = HEAVY, **order: float) -> Iterator[dict[str, Any]]:
+        """Have load made while the body runs; what became of it is there behind the body."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"seconds": seconds, "key": key, **order}) + "\n")
+        self._process.stdin.flush()
+        found: dict[str, Any] = {}
+        yield found
+        found |= json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What clients that measure saw: seconds."""
+
+    first_tokens: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)
+    own_waits: list[float] = field(default_factory=list)
+    """The part of each refusal in which the client was ready to run and got no CPU."""
+    retry_after: list[int] = field(default_factory=list)
+    others: int = 0
+    """Answers that are neither accepted nor refused with 429."""
+
+    def add(self, other: "Seen") -> None:
+        self.first_tokens += other.first_tokens
+        self.refusals += other.refusals
+        self.own_waits += other.own_waits
+        self.retry_after += other.retry_after
+        self.others += other.others
+
+
+def waited_for_cpu() -> float:
+    """Seconds in which this thread was ready to run and did not; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
+
+
+def ask(port: int, key: str, seen: Seen) -> None:
+    """One streamed request: the time to its first token, or to its refusal."""
+    request = body_of(key)
+    waited, begin = waited_for_cpu(), time.monotonic()
+    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rb") as answer:
+        connection.sendall(request)
+        status = answer.readline()[9:12]
+        if status == b"429":
+            seen.refusals.append(time.monotonic() - begin)
+            seen.own_waits.append(waited_for_cpu() - waited)
+            (seconds,) = (line for line in answer if line.lower().startswith(b"retry-after"))
+            seen.retry_after.append(int(seconds.partition(b":")[2]))
+        elif status == b"200":
+            while not answer.readline().startswith(b"data: "):
+                pass
+            seen.first_tokens.append(time.monotonic() - begin)
+            answer.read()
+        else:
+            seen.others += 1
+
+
+def probe(port: int, seconds: float, key: str = LIGHT, *, clients: int = PROBES, pause: float = PAUSE) -> Seen:
+    """What `clients` see that ask, wait for the answer and pause."""
+    seen, until = Seen(), time.monotonic() + seconds
+
+    def client() -> None:
+        mine = Seen()
+        time.sleep(random.uniform(0.0, pause))
+        while time.monotonic() < until:
+            ask(port, key, mine)
+            time.sleep(random.expovariate(1.0 / pause))
+        seen.add(mine)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def overload(port: int, generator: Generator, seconds: float, turns: int) -> float:
+    """Full load and ten times the load in turns; returns the requests that the server answers in a second."""
+    ratios, refused, others, rate = list[float](), Seen(), 0, 0.0
     for _ in range(turns):
-        full = await server.closed(SEATS + QUEUE, seconds)
-        rate = len(full.first_tokens) / seconds
-        over = await server.arriving(OVERLOAD * rate, seconds)
+        with generator.load(seconds, clients=SEATS + QUEUE - PROBES) as load:
+            full = probe(port, seconds, pause=0.001)
+        rate = (load["accepted"] + len(full.first_tokens)) / load["seconds"]
+        with generator.load(seconds, rate=OVERLOAD * rate) as more:
+            over = probe(port, seconds)
         ratios.append(percentile(over.first_tokens, 0.99) / percentile(full.first_tokens, 0.99))
-        refusals += over.refusals
-        waits += over.retry_after
-        others += full.others + over.others
+        others += load["others"] + more["others"] + full.others
+        refused.add(over)
+        sent = sum(more[kind] for kind in ("accepted", "refused", "others")) / more["seconds"]
         print(
-            f"{rate:.1f} requests/s at full load, TTFT p99 {percentile(full.first_tokens, 0.99):.2f} s; at ten times "
-            f"{len(over.first_tokens)} accepted, p99 {percentile(over.first_tokens, 0.99):.2f} s, "
-            f"{len(over.refusals)} refused"
+            f"{rate:.1f} requests/s at full load, TTFT p99 {percentile(full.first_tokens, 0.99):.3f} s; at "
+            f"{sent:.0f} requests/s {len(over.first_tokens)} measured, p99 {percentile(over.first_tokens, 0.99):.3f} s"
         )
+    waits = refused.retry_after
     print(
-        f"overload: TTFT p99 of accepted {statistics.median(ratios):.2f} times that at full load; refusals p50 "
-        f"{1e3 * percentile(refusals, 0.5):.1f} ms, p99 {1e3 * percentile(refusals, 0.99):.1f} ms; Retry-After "
-        f"{min(waits, default=0)} to {max(waits, default=0)} s; {others} other answers"
+        f"overload: TTFT p99 of accepted {statistics.median(ratios):.2f} times that at full load; "
+        f"{len(refused.refusals)} refusals p50 {1e3 * percentile(refused.refusals, 0.5):.1f} ms, p99 "
+        f"{1e3 * percentile(refused.refusals, 0.99):.1f} ms, in which the client waited for a CPU p99 "
+        f"{1e3 * percentile(refused.own_waits, 0.99):.1f} ms; Retry-After {min(waits, default=0)} to "
+        f"{max(waits, default=0)} s; {others + refused.others} other answers"
     )
+    return rate
 
 
-async def fairness(server: Server, seconds: float, turns: int) -> None:
+def fairness(port: int, generator: Generator, seconds: float, turns: int, full_rate: float) -> None:
     """A light key alone and beside a heavy one in turns."""
     ratios: dict[float, list[float]] = {0.5: [], 0.99: []}
-    full = await server.closed(SEATS, seconds)
-    rate = max(0.5, len(full.first_tokens) / seconds / OVERLOAD)
+    rate = max(0.5, full_rate / OVERLOAD)
     for _ in range(turns):
-        alone = await server.arriving(rate, seconds)
-        heavy = asyncio.create_task(server.arriving(OVERLOAD * rate, seconds, HEAVY))
-        beside = await server.arriving(rate, seconds)
-        await heavy
+        alone = probe(port, seconds, clients=2, pause=2 / rate)
+        with generator.load(seconds, rate=OVERLOAD * rate) as heavy:
+            beside = probe(port, seconds, clients=2, pause=2 / rate)
         for share, found in ratios.items():
             found.append(percentile(beside.first_tokens, share) / percentile(alone.first_tokens, share))
+        times = [1e3 * percentile(each.first_tokens, share) for each in (alone, beside) for share in (0.5, 0.99)]
         print(
-            f"light key: {len(alone.first_tokens)} answers alone, TTFT p99 {percentile(alone.first_tokens, 0.99):.2f} "
-            f"s; {len(beside.first_tokens)} beside a heavy key, p99 {percentile(beside.first_tokens, 0.99):.2f} s"
+            f"light key: {len(alone.first_tokens)} answers alone, TTFT p50 {times[0]:.1f} ms, p99 {times[1]:.1f} ms; "
+            f"{len(beside.first_tokens)} and {len(beside.refusals)} refusals beside a heavy key with "
+            f"{heavy['accepted']}, p50 {times[2]:.1f} ms, p99 {times[3]:.1f} ms"
         )
     p50, p99 = (statistics.median(found) for found in ratios.values())
     print(f"fairness: TTFT of the light key beside the heavy one p50 {p50:.2f} times, p99 {p99:.2f} times that alone")
 
 
-async def with_server(work: Callable[[Server], Awaitable[None]]) -> None:
-    """Run `work` with a server of the bundled model."""
+def with_server(work: Callable[[int, Generator], None]) -> None:
+    """Run `work` with the port of a server of the bundled model, and with load."""
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys.toml"
         keys.write_text("".join(f'[[keys]]\nname = "{key}"\nkey = "{key}"\n' for key in (LIGHT, HEAVY)))
         flags = ["--max-num-seqs", str(SEATS), "--max-queue-size", str(QUEUE), "--api-keys", str(keys), "--no-spare"]
         command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--threads", "1", *flags]
-        server = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        server = subprocess.Popen(command, stderr=subprocess.PIPE)
         assert server.stderr is not None
-        port = 0
+        port, generator = 0, None
         try:
-            while b"ready:" not in (line := await server.stderr.readline()):
+            while b"ready:" not in (line := server.stderr.readline()):
                 assert line, "the server has ended"
                 if b"http://" in line:
                     port = int(line.partition(b"http://")[2].split()[0].rpartition(b":")[2])
-            os.nice(5)  # the server comes first where both share the cores
-            await work(Server(port))
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            generator = Generator(port)
+            work(port, generator)
         finally:
+            if generator is not None:
+                generator.close()
             server.terminate()
-            await server.wait()
+            server.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--generate", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.generate is not None:
+        generate(given.generate)
+        return
 
-    async def work(server: Server) -> None:
-        await overload(server, given.seconds, given.turns)
-        await fairness(server, given.seconds, given.turns)
+    def work(port: int, generator: Generator) -> None:
+        rate = overload(port, generator, given.seconds, given.turns)
+        fairness(port, generator, given.seconds, given.turns, rate)
         print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
-    asyncio.run(with_server(work))
+    with_server(work)
 
 
 if __name__ == "__main__":

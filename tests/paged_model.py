@@ -17,6 +17,7 @@ from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
+from quire.models.shards import Shards
 
 
 class PagedModel:
@@ -33,11 +34,17 @@ class PagedModel:
         max_model_len: int | None = None,
         kv_dtype: torch.dtype = torch.float32,
         config: ModelConfig | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.config = config = config or ModelConfig.from_folder(folder)
         kernels = kernels or kernels_for("cpu")
         self.model = load_model(
-            config, open_checkpoint(folder, config.stored), kernels, dtype, max_model_len=max_model_len
+            config,
+            open_checkpoint(folder, config.stored),
+            kernels,
+            dtype,
+            max_model_len=max_model_len,
+            shards=shards,
         )
         self.block_size = block_size
         blocks_per_sequence = -(-(max_model_len or config.context_length) // block_size)

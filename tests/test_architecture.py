@@ -30,6 +30,7 @@ LEVELS = (
         "model_config",
         "backends",
         "config",
+        "option_values",
         "kv_events_config",
         "vllm_options",
         "inputs",
@@ -45,7 +46,7 @@ LEVELS = (
     {"attention"},
     {"layers"},
     {"kv_cache", "models", "sampling", "lora"},
-    {"scheduler", "runner", "routing", "kv_events"},
+    {"scheduler", "runner", "routing", "kv_events", "parallel"},
     {"engine", "simulation"},
     {"llm", "llm_vectors", "server", "router", "cluster", "convert", "cli"},
     {"__main__"},
@@ -66,6 +67,7 @@ WITHOUT_TORCH = {
     "simulation",
     "routing",
     "kv_events",
+    "parallel",
     "server",
     "router",
     "cluster",
@@ -75,8 +77,8 @@ WITHOUT_TORCH = {
 }
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
-ENGINE_WITH_TORCH = {"build"}
-"""The file of the engine that makes a runner. The API process uses the other files, and loading begins in them before
+ENGINE_WITH_TORCH = {"build", "build_rank"}
+"""The files of the engine that make a runner. The API process uses the other files, and loading begins in them before
 torch is imported."""
 
 TENSORS_OF_THE_CACHE = "quire.kv_cache.storage"

@@ -17,6 +17,7 @@ from quire.engine.fingerprint import fingerprint
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.model_config import ModelConfig
 from quire.outputs import RequestOutput
+from quire.runner import disk_blocks
 from tests.checkpoints import make_checkpoint
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 32, "threads": 1, "dtype": "float32"}
@@ -176,13 +177,40 @@ def test_a_file_that_may_not_grow_stops_the_tier_and_nothing_else(roomy: LLM, tm
     assert block_files(tmp_path) == []
 
 
-def test_a_second_engine_runs_without_the_tier(roomy: LLM, stored: Path) -> None:
+def flush(llm: LLM, num_blocks: int) -> None:
+    """Step an idle engine until the disk has so many blocks."""
+    deadline = time.monotonic() + 20
+    while llm.stats().tiers["disk"].num_blocks < num_blocks:
+        assert time.monotonic() < deadline, "the blocks never reached the disk"
+        llm._engine._core.step()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_prompt_computed_by_one_engine_is_a_hit_for_another(
+    roomy: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, damage: bool
+) -> None:
+    monkeypatch.setattr(disk_blocks, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(disk_blocks, "_ALONE_SECONDS", 0.05)
+    options: dict[str, Any] = {"disk_cache": str(tmp_path), **OPTIONS}
     with (
-        LLM(num_blocks=100, disk_cache=str(stored), **OPTIONS),
-        LLM(num_blocks=100, disk_cache=str(stored), **OPTIONS) as second,
+        LLM(num_blocks=100, **options) as one,
+        LLM(num_blocks=60, **options) as other,
+        LLM(num_blocks=60, **{**options, "dtype": "bfloat16"}) as stranger,
     ):
-        assert second.stats().tiers == {}
-        assert tokens([ask(second, 2)]) == tokens([ask(roomy, 2)])
+        assert tokens([ask(other, 1)]) == tokens([ask(roomy, 1)])
+        flush(other, 6)
+        assert ask(stranger, 1).num_cached_tokens == 0, "another model of the folder has other KV"
+        if damage:
+            for path in block_files(tmp_path):
+                path.write_bytes(path.read_bytes()[:-1] + b"!")
+        flush(one, 6)
+        output = ask(one, 2)
+        assert tokens([output]) == tokens([ask(roomy, 2)])
+        assert output.num_cached_tokens == (0 if damage else 96)
+        other.reset_prefix_cache()
+        other._engine._core.step()
+        assert tokens([ask(other, 3)]) == tokens([ask(roomy, 3)])
 
 
 def test_a_served_engine_stores_when_idle_and_finds_after_a_kill(roomy: LLM, tmp_path: Path) -> None:

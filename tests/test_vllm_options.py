@@ -28,8 +28,8 @@ def test_what_asks_for_nothing_is_accepted_and_the_rest_refused(name: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["serve", "--tensor-parallel-size", "2"], "tensor_parallel_size is 2; it must be 1"),
-        (["serve", "--tensor_parallel_size=4"], "tensor_parallel_size is 4; it must be 1"),
+        (["serve", "--pipeline-parallel-size", "2"], "pipeline_parallel_size is 2; it must be 1"),
+        (["serve", "--pipeline_parallel_size=4"], "pipeline_parallel_size is 4; it must be 1"),
         (["serve", "--trust-remote-code"], "trust_remote_code is True; it must be False"),
         (["serve", "--no-enable-chunked-prefill"], "enable_chunked_prefill is False; it must be True"),
         (["serve", "--chat-template", "a.jinja"], "leave it out: put it into the model's folder"),

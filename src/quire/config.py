@@ -17,6 +17,7 @@ from typing import Any
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.kv_events_config import KVEventsConfig
+from quire.option_values import parse_size, parse_tokens
 from quire.quantization import METHODS
 from quire.request import POOLINGS, TASKS
 from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
@@ -61,6 +62,8 @@ _INTEGERS = {
     "image_cache_tokens": (1, 2**24),
     "max_loras": (1, 2**12),
     "max_lora_rank": (1, 2**12),
+    "tensor_parallel_size": (1, 64),
+    "data_parallel_size": (1, 64),
     "threads": (1, 1024),
 }
 """Option → its smallest and largest value; None is allowed if it is the default."""
@@ -69,10 +72,6 @@ _SIZES = (
     *("weights_cache_size", "max_image_size"),
 )
 """Options in bytes, which may be given as text, e.g. 4GiB."""
-_SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-_TOKEN_SUFFIXES = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +159,8 @@ class EngineConfig:
     """Most tokens computed in one step; None takes 512, on a GPU 8192, or max_num_seqs if that is more."""
     max_num_partial_prefills: int = 4
     """Most prompts that are computed in chunks at the same time."""
+    background_delay: float = 0.15
+    """Share of the time to a first token by which a step of the background (batches) may delay it, at most."""
     scheduling_policy: str = "fcfs"
     """Order of admission among requests of equal priority: fcfs, first come first served; shortest, least predicted
     need first, within a bound; fair, first the tenant (API key, else user) that was served least. With several API keys
@@ -238,6 +239,12 @@ class EngineConfig:
     """auto takes sampling defaults from the model's generation_config.json; none ignores it, except for end tokens."""
     threads: int | None = None
     """CPU threads for computing; None takes one per core that this process may use, within a container's CPU limit."""
+    tensor_parallel_size: int = 1
+    """Processes (ranks) that hold the model together, each a part of every layer: on cards one each, on a CPU one for
+    each NUMA node."""
+    data_parallel_size: int = 1
+    """Engines behind one server, each with all of the model; a prompt goes to the one that holds most of its blocks.
+    Only while serving."""
     spare: bool | None = None
     """Keep a second process that has imported torch, some 200 MB, to replace an engine that dies; None: if 2 GiB are
     free. Only while serving."""
@@ -262,14 +269,14 @@ class EngineConfig:
             if value is not None and (not isinstance(value, int) or not low <= value <= high):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
-            )
+            given = self.gpu_memory_utilization
+            raise ConfigError(f"gpu_memory_utilization is {given!r}; it must be above 0 and at most 1")
         for name in ("step_timeout", "load_timeout"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more seconds")
-        if not 0.0 <= self.max_pinned_share <= 1.0:
-            raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
+        for name, share in (("max_pinned_share", self.max_pinned_share), ("background_delay", self.background_delay)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"{name} is {share!r}; it must be from 0 to 1")
         if self.quantization is not None and self.quantization not in METHODS:
             raise ConfigError(
                 f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
@@ -306,12 +313,22 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
                 "every running sequence needs a token a step; raise the one or lower the other"
             )
+        self._check_ranks()
         if not self.enable_prefix_caching and (self.swap_space or self.disk_cache):
             option = "swap_space" if self.swap_space else "disk_cache"
             raise ConfigError(
                 f"{option} is {getattr(self, option)!r}, but stored blocks are found by the prefix cache, "
                 "which is off; enable it or leave the tier out"
             )
+
+    def _check_ranks(self) -> None:
+        """What one rank keeps is of no use to another, and all ranks must compute the same rows of logits."""
+        for name in ("disk_cache", "weights_cache", "enable_lora", "speculative_config", "async_scheduling"):
+            if self.tensor_parallel_size > 1 and getattr(self, name):
+                raise ConfigError(
+                    f"tensor_parallel_size is {self.tensor_parallel_size}, but {name} is {getattr(self, name)!r}, "
+                    "which needs one rank; leave one of them out"
+                )
 
     def make_folders(self) -> None:
         """Make the folders of the disk tier and of packed weights, before anything slow begins.
@@ -367,34 +384,3 @@ def read_max_images(value: object) -> object:
     if not isinstance(limits, Mapping) or not limits.keys() <= {"image", "video", "audio"}:
         raise ConfigError(f"limit_mm_per_prompt is {value!r}; give a number of images, such as '{{\"image\": 4}}'")
     return limits.get("image", EngineConfig.__dataclass_fields__["max_images"].default)
-
-
-def parse_size(name: str, value: int | str | None) -> int | None:
-    """Bytes from an integer or a text such as 512MiB, 4GB or 1.5g. Raises `ConfigError` for anything else."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    if isinstance(value, str):
-        text = value.strip().lower().removesuffix("b")
-        digits = text.rstrip("kmgti")
-        factor = _SIZE_SUFFIXES.get(text[len(digits) :].strip(), 1 if digits == text else None)
-        try:
-            if factor is not None and (size := int(float(digits) * factor)) > 0:
-                return size
-        except (ValueError, OverflowError):
-            pass
-    raise ConfigError(f"{name} is {value!r}; give a positive number of bytes, e.g. 4GiB or 500MB")
-
-
-def parse_tokens(name: str, value: int | str | None) -> int | None:
-    """Tokens from an integer or from a text as vLLM reads it: 32k is 32,000, 32K is 32,768. For max_model_len, auto and
-    -1 are None. Raises `ConfigError` for a text that is no number."""
-    if name == "max_model_len" and value in ("auto", -1, "-1"):
-        return None
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    factor = _TOKEN_SUFFIXES.get(text[-1:], 1)
-    try:
-        return int(float(text[:-1]) * factor) if factor > 1 else int(text)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{name} is {value!r}; give a number of tokens, e.g. 32768, 32k or 32K") from None

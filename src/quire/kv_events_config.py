@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from quire.errors import ConfigError
@@ -48,6 +48,17 @@ class KVEventsConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= 10**7:
                 raise ConfigError(f"kv_events_config: {name} is {value!r}; it must be an integer from 1 to 10000000")
+
+    def of_engine(self, index: int) -> "KVEventsConfig":
+        """For the engine at `index` among equal ones: TCP ports that much higher, as vLLM's ranks have them."""
+
+        def shifted(endpoint: str | None) -> str | None:
+            address, _, port = (endpoint or "").rpartition(":")
+            return f"{address}:{int(port) + index}" if port.isdecimal() else endpoint
+
+        return replace(
+            self, endpoint=shifted(self.endpoint) or self.endpoint, replay_endpoint=shifted(self.replay_endpoint)
+        )
 
     @property
     def is_on(self) -> bool:

@@ -41,20 +41,20 @@ def _ignored(advice: str, *, switch: bool = False) -> ForeignOption:
     return ForeignOption((False,) if switch else (), advice, harmless=True)
 
 
-_ONE_GPU = "Quire does not split a model over several GPUs; run one engine per GPU, each with a model that fits it"
+_RANKS = "Quire divides every layer; see tensor_parallel_size"
 _ROPE = "write it into the model's config.json"
-_NO_REDUCE = "one GPU exchanges nothing with others"
+_NO_REDUCE = "sums over ranks are NCCL's or gloo's"
 _FOLDER = "hub files are in the cache of huggingface_hub; set HF_HOME to move it"
 
 FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
     {
         **dict.fromkeys(
-            ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"),
-            ForeignOption((1,), _ONE_GPU),
+            ("pipeline_parallel_size", "decode_context_parallel_size"),
+            ForeignOption((1,), _RANKS),
         ),
-        "enable_expert_parallel": _switch(_ONE_GPU),
-        "distributed_executor_backend": ForeignOption(("mp", "uni"), _ONE_GPU),
-        "worker_use_ray": _switch(_ONE_GPU),
+        "enable_expert_parallel": _switch("Quire divides every expert; see tensor_parallel_size"),
+        "distributed_executor_backend": ForeignOption(("mp", "uni"), "ranks are processes of one machine"),
+        "worker_use_ray": _switch("ranks are processes of one machine; replicas on Ray: quire cluster serve"),
         "disable_custom_all_reduce": _ignored(_NO_REDUCE, switch=True),
         "max_parallel_loading_workers": _ignored("Quire reads weights with all threads"),
         "trust_remote_code": _switch(
@@ -79,7 +79,7 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "cpu_offload_gb": ForeignOption((0,), "Quire keeps all weights on the device; try quantization or device cpu"),
         "calculate_kv_scales": _switch("Quire's KV types need no scales; see kv_cache_dtype"),
         "kv_transfer_config": ForeignOption((), "Quire passes KV between processes by disk_cache"),
-        "fully_sharded_loras": _switch(_ONE_GPU),
+        "fully_sharded_loras": _switch("adapters need one rank"),
         "max_cpu_loras": _ignored("adapters that are not in one of max_loras slots are read from their folders"),
         "mm_processor_kwargs": ForeignOption(({},), "images are resized as the model's preprocessor_config.json says"),
         "allowed_local_media_path": ForeignOption(({},), "a client sends the image itself, as a data URL"),

@@ -5,14 +5,22 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from quire.cluster.scaling import EngineNumbers
+from quire.errors import ConfigError
+from tests.cluster.test_application import serve_config
 from tests.router.processes import Process
 
 pytestmark = [
@@ -45,7 +53,8 @@ def test_deployments_find_each_other_and_drain(monkeypatch: pytest.MonkeyPatch) 
         router = await made(RouterDeployment, options, None)
         announce = SimpleNamespace(remote=router.announce)
         monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: SimpleNamespace(announce=announce))
-        replicas = await asyncio.gather(*(made(ReplicaDeployment, options, "quire") for _ in range(2)))
+        monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="quire"))
+        replicas = await asyncio.gather(*(made(ReplicaDeployment, options) for _ in range(2)))
         transport = httpx.ASGITransport(app=INGRESS)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             while (await client.get("/health")).json().get("servers") != 2:
@@ -75,28 +84,102 @@ def texts(stream: str) -> str:
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
 
 
-def test_a_killed_replica_on_ray_cuts_no_stream() -> None:
-    cluster = Process("cluster", "serve", "--replicas", "2", "--num-cpus", "0.5", "--threads", "1")
+def test_serve_loads_the_config_for_kuberay(tmp_path: Path) -> None:
+    """As the head node does: config, import path, options."""
+    from ray._common.utils import import_attr
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+    from ray.serve.schema import ServeDeploySchema
+
+    (application,) = ServeDeploySchema.model_validate(serve_config()).applications
+    (tmp_path / "keys").write_text("sk-a-key-of-the-secret\n")
+    args = {**application.args, "api_key_file": str(tmp_path / "keys")}
+    router = build(import_attr(application.import_path), args)._bound_deployment
+    _, replicas = router.init_args
+    scale = replicas._bound_deployment._deployment_config.autoscaling_config
+    assert (scale.min_replicas, scale.max_replicas, scale.policy.get_policy()) == (2, 4, EngineNumbers)
+    with pytest.raises(ConfigError, match="replicas is 0"):
+        build(import_attr(application.import_path), {**args, "replicas": 0})
+
+
+def test_replicas_on_ray(tmp_path: Path) -> None:
+    """One cluster, as it takes a minute to start: streams while replicas are killed, updated, added and removed."""
+    options = ("--num-cpus", "0.5", "--threads", "1", "--upscale-delay", "1", "--downscale-delay", "20")
+    cluster = Process("cluster", "serve", "--replicas", "2", *options)
+    url = "http://127.0.0.1:18431"
     with cluster:
         cluster.start(port=18_431)
         cluster.await_ready(600)
-        url = "http://127.0.0.1:18431"
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health", timeout=5).json().get("servers") == 2:
-                    break
-            time.sleep(0.5)
-        whole = texts(httpx.post(f"{url}/v1/completions", json=PROMPT, timeout=60).text)
-        with httpx.stream("POST", f"{url}/v1/completions", json=PROMPT, timeout=120) as response:
-            served = int(response.headers["x-quire-replica"].rpartition(":")[2])
-            parts = []
-            for part in response.iter_text():
-                parts.append(part)
-                if len(parts) == 5:
-                    os.kill(listener_of(served), signal.SIGKILL)
-        assert texts("".join(parts)) == whole
+        await_servers(url, {2})
+        whole = ask(url)
+        kill_under_a_stream(url, whole)
+        await_servers(url, {2})
+        with asking(url, whole) as num_right:  # a rolling update: other options, the same address
+            update = Process(
+                "cluster", "serve", "--replicas", "1", "--max-replicas", "2", *options, "--address", "auto"
+            )
+            with update:
+                update.start(port=18_431)
+                update.await_ready(600)
+                assert "listening on http://127.0.0.1:18431" in "".join(update.lines)
+                await_servers(url, {1})
+                assert num_right() > 0
+                deep = {**PROMPT, "max_tokens": 450}
+                with ThreadPoolExecutor(40) as pool:  # more than one replica can hold
+                    asked = [
+                        pool.submit(httpx.post, f"{url}/v1/completions", json=deep, timeout=300) for _ in range(40)
+                    ]
+                    await_servers(url, {2})
+                    assert {each.result().status_code for each in asked} == {200}
+                await_servers(url, {1})
+                assert update.stop() == 0
         assert cluster.stop() == 0
+
+
+def ask(url: str) -> str:
+    return texts(httpx.post(f"{url}/v1/completions", json=PROMPT, timeout=300).text)
+
+
+@contextlib.contextmanager
+def asking(url: str, whole: str) -> Iterator[Callable[[], int]]:
+    """Ask all the time; every answer must be `whole`."""
+    answers: list[str] = []
+    stopped = threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            answers.append(ask(url))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        yield lambda: len(answers)
+        assert set(answers) == {whole}
+    finally:
+        stopped.set()
+        worker.join()
+
+
+def await_servers(url: str, wanted: set[int], seconds: float = 300.0) -> None:
+    deadline, last = time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            last = httpx.get(f"{url}/health", timeout=5).json().get("servers")
+            if last in wanted:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{last} replicas instead of {wanted}")
+
+
+def kill_under_a_stream(url: str, whole: str) -> None:
+    """Its stream goes on at the other replica with the same text."""
+    with httpx.stream("POST", f"{url}/v1/completions", json=PROMPT, timeout=120) as response:
+        served = int(response.headers["x-quire-replica"].rpartition(":")[2])
+        parts = []
+        for part in response.iter_text():
+            parts.append(part)
+            if len(parts) == 5:
+                os.kill(listener_of(served), signal.SIGKILL)
+    assert texts("".join(parts)) == whole
 
 
 def listener_of(port: int) -> int:
@@ -105,9 +188,19 @@ def listener_of(port: int) -> int:
     return int(found.partition("pid=")[2].partition(",")[0])
 
 
-def test_a_dead_head_node_is_named() -> None:
-    command = Process("cluster", "serve", "--address", "127.0.0.1:9")
-    with command:
-        command.start(port=18_432)
-        assert command._process.wait(300) == 2
-        assert "no Ray cluster answers at 127.0.0.1:9" in "".join(command.lines)
+@pytest.mark.parametrize(
+    ("arguments", "port", "message"),
+    [
+        (("--address", "127.0.0.1:9"), 18_432, "no Ray cluster answers at 127.0.0.1:9"),
+        ((), 18_433, "cannot listen on 127.0.0.1:18433: address already in use"),
+        (("no/such/model",), 18_434, "the replicas did not start: "),
+    ],
+)
+def test_what_cannot_start_says_why(arguments: tuple[str, ...], port: int, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 18_433)):
+        command = Process("cluster", "serve", *arguments)
+        with command:
+            command.start(port=port)
+            status = command._process.wait(400)
+        assert (status, message in "".join(command.lines)) == (2, True), command.lines
+        assert "Traceback" not in "".join(command.lines)

@@ -1,7 +1,7 @@
 """PrefixHistory: each reason in its plainest form, and its bounds."""
 
 from quire.kv_cache.block_hash import hash_block, root_hash
-from quire.kv_cache.prefix_history import PrefixHistory
+from quire.kv_cache.prefix_history import MAX_CAPACITY, PrefixHistory
 from quire.outputs import PrefixMiss
 
 PROMPT = list(range(12))
@@ -17,7 +17,7 @@ def hashes(salt: str, count: int = 3) -> list[bytes]:
 
 def test_every_reason() -> None:
     now = [10.0]
-    history = PrefixHistory(4, lambda: now[0])
+    history = PrefixHistory(4, lambda: now[0], 64)
     assert history.explain(PROMPT, 0, hashes("")[0]) == PrefixMiss(0, "new", None)
     assert history.explain(PROMPT, 0, hashes("")[0]) == PrefixMiss(0, "new", None), (
         "under the same salt it is just not there"
@@ -31,7 +31,7 @@ def test_every_reason() -> None:
 
 
 def test_the_oldest_entries_are_removed() -> None:
-    history = PrefixHistory(4, lambda: 0.0, capacity=2)
+    history, large = PrefixHistory(4, lambda: 0.0, 1), PrefixHistory(4, lambda: 0.0, 10**6)
     for index in range(3):
         history.note_eviction(hashes("")[index])
     assert [history.explain(PROMPT, index, hashes("")[index]).reason for index in (1, 2)] == ["evicted", "evicted"]
@@ -40,3 +40,6 @@ def test_the_oldest_entries_are_removed() -> None:
     for salt in "abc":
         history.explain([ord(salt), *PROMPT], 0, hashes(salt)[0])
     assert len(history._beginnings) == 2
+    for index in range(MAX_CAPACITY + 9):
+        large.note_eviction(index.to_bytes(32, "big"))
+    assert len(large._evicted) == MAX_CAPACITY

@@ -154,3 +154,16 @@ def test_steps_of_decoding_say_nothing_of_prompts(num_rows: int, num_tokens: int
 def test_staging_is_bounded_in_bytes() -> None:
     assert num_staged_blocks(2**20) * 2**20 == STAGING_BYTES
     assert num_staged_blocks(2**30) == MIN_STAGED_BLOCKS
+
+
+def test_a_tier_follows_what_others_store_and_remove() -> None:
+    news = [[(b"a", 0), (b"new", 2)], [(b"new", 2), (b"unknown", 0)], [(b"new", 0)]]
+    tier = Tier(10, 1, [(b"a", 1)], changes=lambda: news.pop(0) if news else ())
+    seen: list[tuple[bytes, bool]] = []
+    tier.listeners.append(lambda block_hash, is_stored: seen.append((block_hash, is_stored)))
+    sizes = []
+    for _ in range(4):
+        tier.follow()
+        sizes.append((tier.stats.num_blocks, tier.stats.num_bytes))
+    assert sizes == [(1, 2), (1, 2), (0, 0), (0, 0)]
+    assert seen == [(b"a", False), (b"new", True), (b"new", False)], "KV events say what is found here"

@@ -14,6 +14,7 @@ from quire.kv_events.messages import (
 )
 from quire.kv_events.vllm_hash import hash_block, none_hash
 
+WINDOW = BlockStored([7], None, [1], 1, extra_keys=[["salt"]], group_idx=2, kv_cache_spec_kind="sliding_window")
 EVENTS = [BlockStored([7], None, [1, 2], 2), BlockRemoved([7]), AllBlocksCleared()]
 
 
@@ -58,8 +59,25 @@ def test_both_forms_are_read(as_arrays: bool) -> None:
     [
         ([["BlockStored", [b"\x01" * 32], 5, [1], 1]], [BlockStored([b"\x01" * 32], 5, [1], 1)]),
         ([["BlockRemoved", [7]]], [BlockRemoved([7])]),
-        ([["BlockRemoved", [7], "CPU", 1, "later field"]], [BlockRemoved([7], "CPU")]),
-        ([{"type": "BlockRemoved", "block_hashes": [7], "group_idx": 2}], [BlockRemoved([7])]),
+        ([["BlockRemoved", [7], "CPU", 1, "later field"]], [BlockRemoved([7], "CPU", 1)]),
+        ([["BlockStored", [7], None, [1], 1, None, "GPU", None, [["salt"]], 2, "sliding_window", "later"]], [WINDOW]),
+        (
+            [
+                {
+                    "type": "BlockStored",
+                    "block_hashes": [7],
+                    "parent_block_hash": None,
+                    "token_ids": [1],
+                    "block_size": 1,
+                    "extra_keys": [["salt"]],
+                    "group_idx": 2,
+                    "kv_cache_spec_kind": "sliding_window",
+                    "later": 1,
+                }
+            ],
+            [WINDOW],
+        ),
+        ([{"type": "BlockRemoved", "block_hashes": [7], "group_idx": 2}], [BlockRemoved([7], group_idx=2)]),
         ([{"type": "SomethingNew", "x": 1}, ["SomethingNew"]], []),
         ([], []),
     ],

@@ -107,10 +107,11 @@ def test_a_publisher_that_starts_again_is_forgotten() -> None:
     asyncio.run(run())
 
 
-def test_replay_answers_vllms_way() -> None:
-    """A question of 8 bytes; (number, content) each, and number −1 at the end."""
+@pytest.mark.parametrize(("form", "topic"), [("map", [b"kv@a:1@m"]), ("array", [])])
+def test_replay_answers_vllms_way(form: str, topic: list[bytes]) -> None:
+    """A question of 8 bytes; the frames of each message, and number −1 at the end. The older form has no topic."""
     port, replay = free_ports()
-    sender = publisher(port, replay, buffer_steps=3)
+    sender = publisher(port, replay, buffer_steps=3, format=form, topic="kv@a:1@m")
     for number in range(5):
         sender.publish(1.0, [BlockRemoved([number])])
     with zmq.Context() as context, context.socket(zmq.DEALER) as asker:
@@ -121,12 +122,30 @@ def test_replay_answers_vllms_way() -> None:
         replies = []
         while True:
             assert asker.poll(5000)
-            _, number_bytes, content = asker.recv_multipart()
+            delimiter, *topics, number_bytes, content = asker.recv_multipart()
+            assert (delimiter, len(topics)) == (b"", len(topic))
             if int.from_bytes(number_bytes, "big", signed=True) == -1:
                 break
+            assert topics == topic
             replies.append((int.from_bytes(number_bytes, "big"), decode_events(content)))
     sender.close()
     assert replies == [(number, [BlockRemoved([number])]) for number in (2, 3, 4)]
+
+
+def test_groups_that_forget_positions_are_not_counted() -> None:
+    """vLLM publishes every KV group, under the same hashes: what leaves a window is still in the other layers."""
+    fleet = Fleet(LeastWork(), max_blocks=100)
+    fleet.join("a")
+    feed = EventFeed(fleet, "a", "tcp://127.0.0.1:1")
+    whole = BlockStored([1, 2], None, [0, 0], 1, group_idx=1, kv_cache_spec_kind="full_attention")
+    window = BlockStored([1, 2, 3], None, [0, 0, 0], 1, group_idx=0, kv_cache_spec_kind="sliding_window")
+    for event in (window, whole, BlockRemoved([1, 2], group_idx=0)):
+        feed.apply(event)
+    assert fleet.index.prefix_lengths([1, 2, 3]) == {0: 2}
+    feed.apply(BlockRemoved([2], group_idx=1))
+    assert fleet.index.prefix_lengths([1, 2, 3]) == {0: 1}
+    feed.apply(BlockStored([9], None, [0], 1, group_idx=3))  # its kind is not said
+    assert not fleet.index.prefix_lengths([9])
 
 
 def test_an_address_in_use_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class FakeServer:
     script: Script | None = None
     block_size: int = 16
     model: str = "fake"
+    version: str = ""
     ready: int = 200
     refusal: tuple[int, bytes] | None = None
     """Status and body of every answer that computes."""
@@ -98,7 +100,9 @@ class FakeServer:
         elif path.startswith("/health"):
             await self._whole(writer, self.ready, b"{}")
         elif "x-quire-prompt" in headers and self.block_size:
+            prompt = json.loads(body)["prompt"]
             blocks = {"model": self.model, "block_size": self.block_size, "num_tokens": 40, "hashes": "AAAAAAAAAAE="}
+            blocks |= {"version": self.version, "content": b64encode(str(prompt).encode()).decode()}
             await self._whole(writer, 200, json.dumps(blocks).encode())
         elif "x-quire-prompt" in headers or self.script is None:
             await self._whole(writer, 200, b'{"text": "whole"}')

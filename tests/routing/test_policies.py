@@ -42,7 +42,8 @@ def test_every_policy_counts_its_work_and_gives_it_back(policy: str, seeds: list
             routed.add_tokens(work, 5)
         routed.end(work)
     for replica in routed.replicas.values():
-        assert (replica.load.num_requests, replica.load.queued_tokens, replica.load.context_tokens) == (0, 0, 0)
+        load = replica.load
+        assert (load.num_requests, load.num_waiting, load.queued_tokens, load.context_tokens) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -70,6 +71,20 @@ def test_least_work_follows_blocks_until_the_queue_costs_more() -> None:
     other = routed.choose(prompt(1))
     assert other is not None
     assert other.replica is not first.replica
+
+
+def test_a_queue_of_groups_computes_each_shared_prompt_about_once() -> None:
+    routed, draw = fleet(num_replicas=8), random.Random(5)
+    groups = [[draw.getrandbits(64) for _ in range(100)] for _ in range(64)]
+    queue = [group for group in groups for _ in range(5)]
+    draw.shuffle(queue)
+    for group in queue:  # none gets its first token before all have come
+        blocks = group + [draw.getrandbits(64) for _ in range(20)]
+        assert routed.choose(Prompt(blocks, len(blocks) * SIZE + 1, SIZE)) is not None
+    work = [replica.load.total_tokens for replica in routed.replicas.values()]
+    least = SIZE * (100 * len(groups) + 20 * len(queue))
+    assert sum(work) <= 1.1 * least
+    assert max(work) <= 1.3 * sum(work) / len(work)
 
 
 def test_least_work_prefers_the_device_to_lower_tiers() -> None:
@@ -170,12 +185,14 @@ def plain_choice(policy: LeastWork, asked: Prompt, replicas: list[Replica], inde
     """The definition: every replica's cost, from the exact lengths that it holds."""
     held, fast = index.prefix_lengths(asked.blocks), index.prefix_lengths(asked.blocks, DEVICE)
     mean = sum(replica.load.total_tokens for replica in replicas) / len(replicas)
+    num_delayed = 1 + sum(replica.load.num_waiting for replica in replicas) / len(replicas)
     costs = []
     for replica in replicas:
         load, on_device = replica.load, fast.get(replica.number, 0)
         saved = on_device + (1 - policy.lower_tier_cost) * (held.get(replica.number, 0) - on_device)
         ahead = max(0.0, load.total_tokens - policy.most_ahead * mean - policy.free_share * asked.num_tokens)
-        costs.append(load.queued_tokens + policy.context_cost * load.context_tokens + ahead - saved * asked.block_size)
+        in_hand = load.queued_tokens + policy.context_cost * load.context_tokens
+        costs.append(in_hand / num_delayed + ahead - saved * asked.block_size)
     limit = min(costs) + policy.slack * asked.num_tokens
     near = [replica for replica, cost in zip(replicas, costs, strict=True) if cost <= limit]
     return min(near, key=lambda replica: replica.load.total_tokens)
@@ -188,7 +205,13 @@ def test_least_work_chooses_as_its_definition_does(most_queued: int, tiers: int)
     for seed in range(60):
         index, asked, replicas = PrefixIndex(1000), prompt(seed, 40), []
         for number in range(draw.randint(1, 12)):
-            load = Load(0, draw.randint(0, most_queued), draw.randint(0, 9 * most_queued), draw.randint(0, 4000))
+            load = Load(
+                0,
+                draw.randint(0, 3),
+                draw.randint(0, most_queued),
+                draw.randint(0, 9 * most_queued),
+                draw.randint(0, 4000),
+            )
             replicas.append(Replica(number, f"r{number}", load))
             for tier in (DEVICE, HOST, DISK)[:tiers]:
                 index.add(number, asked.blocks[: draw.choice((0, 7, 40, draw.randint(0, 40)))], tier)

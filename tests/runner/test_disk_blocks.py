@@ -1,7 +1,7 @@
 """The disk tier's files: what was written comes back equal or not at all."""
 
 import errno
-import logging
+import fcntl
 import os
 import random
 import time
@@ -207,15 +207,15 @@ def test_what_a_crash_left_unfinished_is_removed(open_store: Open, tmp_path: Pat
     assert stranger.exists()
 
 
-def test_one_process_at_a_time(open_store: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = open_store()
-    with caplog.at_level(logging.WARNING):
+def test_an_older_quire_has_the_folder_for_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / FORMAT).mkdir()
+    with (tmp_path / FORMAT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         assert DiskBlocks.open(tmp_path, MINE, BLOCK_BYTES) is None
-    assert "another process uses" in caplog.text
-    store.close()
-    store.close()
+    assert "a process of an older Quire uses" in caplog.text
     again = DiskBlocks.open(tmp_path, MINE, BLOCK_BYTES)
     assert again is not None
+    again.close()
     again.close()
 
 

@@ -103,6 +103,7 @@ class Engine:
         admission: str = "current",
         windows: SequenceOf[int] = (0,),
         num_snapshots: int | None = None,
+        background_delay: float = 0.15,
     ) -> None:
         """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
         has `num_failures` times no memory for a step of more than one token. With `num_snapshots` the model is
@@ -128,6 +129,7 @@ class Engine:
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_model_len=256,
                 max_num_partial_prefills=max_num_partial_prefills,
+                background_delay=background_delay,
             ),
             speculation=guesses,
             states=self.states,

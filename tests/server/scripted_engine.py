@@ -19,6 +19,7 @@ from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.messages import ToEngine
 from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
+from quire.engine.request_streams import Tap
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
@@ -121,6 +122,9 @@ class ScriptedEngine:
     num_closed_early: int = 0
     num_tokens: int = 0
     """Tokens generated for all requests."""
+    taps: bool = True
+    num_tapped: int = 0
+    """Outputs that a tap took."""
 
     def __post_init__(self) -> None:
         self.questions = MemoryQuestions(self.sent.append, lambda: self.state)
@@ -129,6 +133,11 @@ class ScriptedEngine:
     @property
     def stats(self) -> EngineStats:
         return EngineStats(num_blocks=64)
+
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        if not self.full:
+            return None
+        return QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:
@@ -177,12 +186,13 @@ class ScriptedEngine:
         workload: str = "",
         adapter: Adapter | None = None,
         timeout: float | None = None,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}")
-        if self.full:
-            raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
+        if (refusal := self.queue_refusal(tenant)) is not None:
+            raise refusal
         self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload, adapter))
         self.num_running += 1
         started, finished = time.monotonic(), False
@@ -190,6 +200,9 @@ class ScriptedEngine:
             async for output in self._outputs(prompt, params):
                 if timeout is not None and time.monotonic() - started > timeout:
                     raise DeadlineError(f"the request was not finished within its {timeout:g} seconds")
+                if tap is not None and self.taps and not output.finished and tap(output):
+                    self.num_tapped += 1
+                    continue
                 finished = output.finished
                 yield output
         finally:

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
 
 import pytest
 
+from quire.server.event_frame import EventFrame
 from quire.server.settings import ServerSettings
 from quire.server.streaming import while_connected
 from tests.server.running_server import RunningServer
@@ -121,3 +123,52 @@ def test_work_is_cancelled_with_its_request() -> None:
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/chat/completions", {**CHAT, "n": 2, "stream_options": {"include_usage": True}}),
+        ("/v1/completions", {"prompt": "x", "logprobs": 1}),
+        ("/v1/responses", {"input": "x", "store": False}),
+        ("/v1/messages", {**CHAT, "max_tokens": 100}),
+        ("/api/chat", CHAT),
+    ],
+)
+def test_events_written_past_asgi_are_those_of_asgi(
+    server: RunningServer, engine: ScriptedEngine, path: str, body: dict[str, object]
+) -> None:
+    """The same events in the same order, and the same tokens counted."""
+    body = {"model": "scripted", **body, "stream": True}
+    _, direct = server.send("POST", path, body)
+    assert engine.num_tapped > 5
+    engine.taps, engine.num_tapped = False, 0
+    _, through_asgi = server.send("POST", path, body)
+    assert engine.num_tapped == 0
+    assert plain(direct) == plain(through_asgi)
+    counted = re.search(r"quire:request_generation_tokens_sum\S* (\S+)", server.send("GET", "/metrics")[1])
+    assert counted is not None
+    assert float(counted[1]) == engine.num_tokens
+
+
+def plain(text: str) -> str:
+    """Without what differs from answer to answer: ids and times."""
+    text = re.sub(
+        r'"(id|item_id|created_at|total_duration|eval_duration|prompt_eval_duration)":("[^"]*"|\d+)', "", text
+    )
+    return re.sub(r'"(created|completed_at)":\d+|"previous_msg_id":"[^"]*"', "", text)
+
+
+def test_an_error_while_events_are_written_past_asgi_ends_its_stream_alone(
+    server: RunningServer, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(self: EventFrame, *values: str | int) -> bytes:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventFrame, "fill", fill)
+        response, text = server.send("POST", "/v1/completions", {"prompt": "x", "stream": True})
+    assert response.status == 200
+    assert json.loads(text.strip().split("\n\n")[-2].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert server.send("POST", "/v1/completions", {"prompt": "x", "stream": True})[1].endswith("data: [DONE]\n\n")

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from quire.cli.options import ModelArgument, flags
 from quire.cluster.options import ClusterOptions, ClusterSettings
 from quire.config import EngineConfig
-from quire.errors import ConfigError, EngineDeadError
+from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 
 
@@ -34,36 +34,29 @@ def cluster_serve(
         Read options from this YAML or TOML file.
     """
     started = time.perf_counter()
-    host, port = options.pop("host", "127.0.0.1"), options.pop("port", 8000)
+    host, port = options.pop("host", None), options.pop("port", None)
     given = {"model": model, **options}
     checked = ClusterOptions.of(given)
-    ServerSettings(**{**checked.server, "host": host, "port": port})
+    shown = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    ServerSettings(**{**checked.server, **shown})  # a public address needs API keys
     try:
-        from ray import serve
-
-        from quire.cluster.application import APP_NAME, check_ray, make_application
+        from quire.cluster.start import deploy, join_ray, leave, start_serve, watch_head
     except ImportError:
         raise ConfigError("clusters need Ray; install it with: pip install 'quire-llm[ray]'") from None
 
     def report(line: str) -> None:
         print(f"quire cluster [{time.perf_counter() - started:6.2f} s] {line}", file=sys.stderr, flush=True)
 
-    check_ray(address)
+    join_ray(address)
     report("Ray is there")
-    serve.start(http_options={"host": host, "port": port})
-    try:
-        serve.run(make_application(given), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise EngineDeadError(
-            f"the replicas did not start: {reason}; `serve status` and the Ray logs say more"
-        ) from None
-    report(f"listening on http://{host}:{port}")
+    url = start_serve(host, port)
+    deploy(given)
+    report(f"listening on {url}")
     report(f"ready: {checked.cluster.replicas} replicas")
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
+    watch_head(stopped)
     report("stopping: replicas finish their requests")
-    serve.shutdown()
+    leave(address)
     return 0

@@ -36,12 +36,19 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     engine_config = engine_config_for(settings, {"model": model, **engine_options})
     engine_config.make_folders()
     embedding_config = embedding_config_for(settings, engine_config)
+    if engine_config.data_parallel_size > 1 and embedding_config is not None:
+        raise ConfigError(
+            f"data_parallel_size is {engine_config.data_parallel_size}, but embedding_model is set, which is an engine "
+            "of its own; serve it from another process"
+        )
     # Imported after the options are checked, so that a wrong option is answered at once.
     import uvloop
 
     from quire.engine.async_engine import AsyncLLM
+    from quire.server.backend import Engine
     from quire.server.listen import serve as serve_until_stopped
     from quire.server.logs import configure_logging
+    from quire.server.many_engines import ManyEngines
     from quire.server.sockets import bind
     from quire.server.two_engines import TwoEngines
 
@@ -54,9 +61,13 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
         report(f"{len(settings.keys)} API keys, scheduled by the policy {engine_config.scheduling_policy}")
 
     async def until_stopped() -> bool:
-        first = AsyncLLM(engine_config, report)
-        second = None if embedding_config is None else AsyncLLM(embedding_config, report)
-        engine = first if second is None else TwoEngines(first, second)
+        engine: Engine
+        if engine_config.data_parallel_size > 1:
+            engine = ManyEngines.of(engine_config, report)
+        elif embedding_config is not None:
+            engine = TwoEngines(AsyncLLM(engine_config, report), AsyncLLM(embedding_config, report))
+        else:
+            engine = AsyncLLM(engine_config, report)
         return await serve_until_stopped(engine, settings, listener, report=report)
 
     return 0 if uvloop.run(until_stopped()) else 1

@@ -3,26 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-import ray
 from ray import serve
 
 from quire.cluster.options import ClusterOptions, ClusterSettings
 from quire.cluster.replica import REPLICA, ROUTER, ReplicaDeployment
 from quire.cluster.router import INGRESS, RouterDeployment
-from quire.errors import ConfigError
 
 APP_NAME = "quire"
 _MAX_ONGOING = 4096
 """Requests in the router at once, as Serve counts them; the router has limits of its own."""
 _SPARE_SECONDS = 10.0
+_STARTS = 3
+"""Times that a replica is tried to start. Serve's own 20 would take minutes over a model that is not there."""
 
 
 def make_application(args: Mapping[str, Any]) -> serve.Application:
-    """The application for `args`: options of `quire cluster serve` by their names, and `app_name` if Serve's differs
-    from quire. Raises `ConfigError` for a wrong one."""
-    given = dict(args)
-    name = str(given.pop("app_name", APP_NAME))
-    options = ClusterOptions.of({key.replace("-", "_"): value for key, value in given.items()})
+    """The application for `args`: options of `quire cluster serve` by their names. Raises `ConfigError` for a wrong
+    one."""
+    options = ClusterOptions.of({key.replace("-", "_"): value for key, value in args.items()})
     seconds = float(options.server.get("shutdown_timeout", 30.0))
     replicas = serve.deployment(
         ReplicaDeployment,
@@ -32,6 +30,7 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=_STARTS,
         **_scale(options.cluster),
     )
     router = serve.deployment(
@@ -40,8 +39,9 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
     )
-    return router.bind(options, replicas.bind(options, name))
+    return router.bind(options, replicas.bind(options))
 
 
 def _scale(cluster: ClusterSettings) -> dict[str, Any]:
@@ -55,20 +55,7 @@ def _scale(cluster: ClusterSettings) -> dict[str, Any]:
         },
     }
     limits = {"min_replicas": cluster.replicas, "max_replicas": cluster.max_replicas}
-    return {"autoscaling_config": {**limits, "policy": policy}}
-
-
-def check_ray(address: str | None) -> None:
-    """Join the Ray cluster at `address`, or start one here. Raises `ConfigError` if that cannot be done."""
-    try:
-        # Ray's dashboard is a process of its own, which only Ray's other tools need.
-        given: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
-        ray.init(**given, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
-    except Exception as error:  # Ray raises plain exceptions too
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"no Ray cluster answers at {address}: {reason}. Start its head node with `ray start --head`, or leave out "
-            "--address to start one here"
-            if address
-            else f"Ray cannot be started here: {reason}"
-        ) from None
+    delays = {"upscale_delay_s": cluster.upscale_delay, "downscale_delay_s": cluster.downscale_delay}
+    # Numbers of a few seconds, not the half minute over which Serve averages the requests that it counts itself.
+    looks = {"metrics_interval_s": 2.0, "look_back_period_s": 6.0}
+    return {"autoscaling_config": {**limits, **delays, **looks, "policy": policy}}

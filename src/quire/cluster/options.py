@@ -33,14 +33,19 @@ class ClusterSettings:
     target_kv_share: float = 0.85
     """Share of a replica's KV cache in use above which replicas are added."""
 
+    upscale_delay: float = 30.0
+    """Seconds that replicas must be short before more are started."""
+    downscale_delay: float = 600.0
+    """Seconds that replicas must be idle before some are drained and ended."""
+
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= 4096:
             raise ConfigError(f"replicas is {self.replicas}; it must be from 1 to 4096")
         if self.max_replicas and self.max_replicas < self.replicas:
             raise ConfigError(f"max_replicas is {self.max_replicas}, less than replicas {self.replicas}")
-        for name in ("num_cpus", "num_gpus"):
-            if not 0 <= getattr(self, name) < 10_000:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name, end in (("num_cpus", 1e4), ("num_gpus", 1e4), ("upscale_delay", 1e6), ("downscale_delay", 1e6)):
+            if not 0 <= getattr(self, name) < end:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below {end:.0f}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
         if not self.target_queue_seconds > 0 or not 0 < self.target_kv_share <= 1:

@@ -27,8 +27,7 @@ ANNOUNCE_SECONDS = 1.0
 class ReplicaDeployment:
     """Ray starts, watches, scales and replaces it. Serve's destructor drains it."""
 
-    async def __init__(self, options: ClusterOptions, app_name: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._app_name = app_name
+    async def __init__(self, options: ClusterOptions) -> None:  # type: ignore[misc]  # Serve awaits it
         self._settings = _settings(options)
         config = EngineConfig.from_options(options.engine)
         config.make_folders()
@@ -62,7 +61,7 @@ class ReplicaDeployment:
 
     async def _announce(self) -> None:
         """Tell the router the address for ever: a router that starts again knows nobody."""
-        router = serve.get_deployment_handle(ROUTER, self._app_name)
+        router = serve.get_deployment_handle(ROUTER, serve.get_replica_context().app_name)
         while True:
             with contextlib.suppress(Exception):  # the router is not there yet, or not any more
                 await router.announce.remote(self.url)

@@ -20,6 +20,10 @@ class Ingress:
     def __init__(self) -> None:
         self.app: RouterApp | None = None
 
+    def __reduce__(self) -> str:
+        """Serve sends it to the router's process: there it is that process's `INGRESS`, and no copy of this one."""
+        return "INGRESS"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _live(receive, send)

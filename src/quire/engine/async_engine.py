@@ -26,7 +26,7 @@ from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
-from quire.engine.limits import NOTHING_YET, resumed
+from quire.engine.limits import NOTHING_YET, check_one_engine, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.memory_sizes import available_memory
@@ -46,11 +46,12 @@ from quire.engine.metrics import Metrics
 from quire.engine.model_task import read_model
 from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
-from quire.engine.request_streams import RequestStreams, Stream
+from quire.engine.queue_gate import QueueGate
+from quire.engine.request_streams import RequestStreams, Stream, Tap
 from quire.engine.text_prompts import TextPrompts, read_text_prompts
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
-from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
+from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, RequestOutput
@@ -64,9 +65,12 @@ logger = logging.getLogger(__name__)
 class AsyncLLM:
     """An engine in a child process. Call `start` first, on the event loop that will use it."""
 
-    def __init__(self, config: EngineConfig, report: Callable[[str], None] = logger.info) -> None:
-        """`report` gets the memory plan, the phases of start-up and a line of throughput every ten seconds."""
+    def __init__(self, config: EngineConfig, report: Callable[[str], None] = logger.info, *, index: int = 0) -> None:
+        """`report` gets the memory plan, the phases of start-up and a line of throughput every ten seconds. `index`:
+        the place among equal engines, which have other cards each."""
+        check_one_engine(config)
         self.config = config
+        self._index = index
         self.tokenizer: Tokenizer | None = None
         self.chat_template: ChatTemplateProcess | None = None
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
@@ -76,7 +80,7 @@ class AsyncLLM:
         """Names of a model that serves beside this one."""
         self.default_params: dict[str, Any] = {}
         self.text_prompts = TextPrompts()
-        self.metrics = Metrics(self.model_names[0])
+        self.metrics = Metrics(self.model_names[0], index)
         self._report = report
         self._model_config: ModelConfig | None = None
         self._memory_plan: MemoryPlan | None = None
@@ -96,6 +100,7 @@ class AsyncLLM:
         self._streams = RequestStreams(None, self._client.send)
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
+        self._gate = QueueGate(self._throughput, config.max_queue_size)
         self._request_numbers = itertools.count()
         self.questions = MemoryQuestions(self._client.send, lambda: self.state)
         self.memory_report = self.questions.report
@@ -103,18 +108,20 @@ class AsyncLLM:
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self, *, reserved: int = 0) -> None:
+    async def start(self, *, reserved: int = 0, memory: int | None = None) -> None:
         """Plan the memory, start the engine process, read the tokenizer. Weights go on loading when this returns.
-        `reserved` bytes of the host's memory belong to another engine.
+        `reserved` bytes of the host's memory belong to another engine; or `memory` bytes are this one's.
 
         Raises the errors of `quire.errors` for what can be known without loading.
         """
         folder = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
         self._model_config = read_model(self.config, folder)
-        self._memory_plan = plan_memory(self.config, self._model_config, max(0, available_memory() - reserved))
+        if memory is None:
+            memory = max(0, available_memory() - reserved)
+        self._memory_plan = plan_memory(self.config, self._model_config, memory)
         for line in self._memory_plan.describe():
             self._report(line)
-        await self._client.start(Load(self.config, self._memory_plan, str(folder)))
+        await self._client.start(Load(self.config, self._memory_plan, str(folder), self._index))
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
         self.text_prompts = read_text_prompts(folder)
@@ -207,6 +214,10 @@ class AsyncLLM:
         """Most requests that may wait; 0: no limit."""
         return self.config.max_queue_size
 
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        """Why a request of `tenant` (None: not known yet) would be refused for the queue's length, if it would."""
+        return self._gate.refusal(self._streams.num_live, self.memory_plan.max_num_seqs, tenant)
+
     @property
     def engine_pid(self) -> int:
         """Process id of the engine process."""
@@ -221,9 +232,11 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         timeout: float | None = None,
+        tap: Tap | None = None,
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
+        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it. What
+        `tap` takes is not yielded.
 
         The first item of a prompt that another engine began repeats what that engine made.
 
@@ -243,13 +256,12 @@ class AsyncLLM:
             if stream.replayed is not None:
                 finished = stream.replayed.finished
                 yield stream.replayed
+            stream.tap = tap
             while not finished:
-                await stream.changed.wait()
-                output = stream.take()
-                if output is not None:
-                    finished = output.finished
-                    output.request_id = request_id or output.request_id
-                    yield output
+                output = await stream.next()
+                finished = output.finished
+                output.request_id = request_id or output.request_id
+                yield output
         finally:
             self._streams.close(stream)
 
@@ -282,10 +294,7 @@ class AsyncLLM:
             timeout=timeout,
         )
         try:
-            output = None
-            while output is None:
-                await stream.changed.wait()
-                output = stream.take()
+            output = await stream.next()
         finally:
             self._streams.close(stream)
         output.request_id = request_id or output.request_id
@@ -317,8 +326,8 @@ class AsyncLLM:
             request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
-        num_live, num_running = self._streams.num_live, self.memory_plan.max_num_seqs
-        self._throughput.check_queue(num_live, num_running, self.config.max_queue_size)
+        if (full := self.queue_refusal(request.tenant)) is not None:
+            raise full
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago

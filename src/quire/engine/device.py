@@ -36,6 +36,8 @@ class Device:
     """Compute capability of a CUDA device."""
     multiplies_bfloat16: bool = False
     """Whether a CPU reports products of pairs of bfloat16, and the kernels may use them."""
+    number: int = 1
+    """Devices of this kind."""
     is_here: bool = True
     """False for a device that is only planned for: packages that it needs are taken to be installed there."""
 
@@ -66,6 +68,48 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
         because = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
         raise ConfigError(f"device is cuda, but the driver shows no CUDA device{because}; choose cpu or auto")
     return probe_cpu()
+
+
+def check_devices(number: int, device: Device) -> None:
+    """Raise `ConfigError` if there are fewer cards than the ranks of all engines, each of which has one."""
+    what = f"tensor_parallel_size times data_parallel_size is {number}"
+    if number > 1 and device.type == "mps":
+        raise ConfigError(f"{what}, but mps is one device; leave them out")
+    if number > 1 and device.type == "cuda" and device.is_here and number > device.number:
+        raise ConfigError(
+            f"{what}, which needs {number} CUDA devices, but the driver shows {device.number}; every rank has its own"
+        )
+
+
+def take_cards(index: int, number: int) -> None:
+    """Let this process see the `number` cards of the engine at `index` among equal ones, before it uses any."""
+    if index:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        first = index * number
+        cards = [str(card) for card in range(first + number)] if visible is None else visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(cards[first : first + number])
+
+
+def numa_nodes(root: Path = Path("/")) -> list[set[int]]:
+    """The cores of each NUMA node that this process may use, without nodes where it may use none."""
+    usable = os.sched_getaffinity(0)
+    nodes = []
+    for node in sorted((root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
+        cores: set[int] = set()
+        for part in _read(node / "cpulist").split(","):
+            first, _, last = part.partition("-")
+            if first.isdecimal():
+                cores.update(range(int(first), int(last or first) + 1))
+        if cores & usable:
+            nodes.append(cores & usable)
+    return nodes
+
+
+def bind_to_node(rank: int, num_ranks: int) -> None:
+    """Keep this process, one of `num_ranks`, on the cores of its own NUMA node, if there is one for each rank."""
+    nodes = numa_nodes() if hasattr(os, "sched_setaffinity") else []
+    if num_ranks > 1 and len(nodes) == num_ranks:
+        os.sched_setaffinity(0, nodes[rank])
 
 
 def probe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
@@ -152,4 +196,5 @@ def probe_cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Device | None:
         if call(*arguments):
             # Without an answer of the card no type can be chosen for it.
             return None
-    return Device("cuda", name.value.decode(errors="replace"), total.value, (major.value, minor.value))
+    described = name.value.decode(errors="replace")
+    return Device("cuda", described, total.value, (major.value, minor.value), number=count.value)

@@ -13,6 +13,7 @@ from quire.engine.checkpoint import find_model
 from quire.engine.grammar_checker import GrammarChecker
 from quire.engine.image_prompt import no_images
 from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.limits import check_one_engine
 from quire.engine.local_images import LocalImages, read_sources
 from quire.engine.memory_plan import plan_memory
 from quire.engine.model_task import read_model
@@ -42,6 +43,7 @@ class Engine:
 
         `logits_processors` replace the config's, which can only hold names.
         """
+        check_one_engine(config)
         self.config = config
         self.folder = find_model(config.model, config.revision)
         self.model_config = read_model(config, self.folder)

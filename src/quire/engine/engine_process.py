@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 
 from quire.engine.core import EngineCore
+from quire.engine.device import bind_to_node, take_cards
 from quire.engine.messages import (
     Abort,
     Add,
@@ -118,10 +119,12 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
+    take_cards(load.index, load.config.tensor_parallel_size)
     model_config = read_model(load.config, folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     import_engine()
+    bind_to_node(0, load.config.tensor_parallel_size)
     from quire.engine.build import build_core
 
     connection.send(PhaseDone("import torch", perf_counter() - started))
@@ -133,7 +136,14 @@ def load_core(load: Load, connection: Connection) -> EngineCore:
         lambda name, seconds: connection.send(PhaseDone(name, seconds)),
         preloader=preloader,
         warm_grammars=True,
+        on_rank_death=_end_with_rank,
     )
+
+
+def _end_with_rank(death: str) -> None:
+    """Without a rank nothing can be computed: end at once, also inside a step or without work, and be replaced."""
+    print(f"the engine process ends: {death}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def serve(core: EngineCore, connection: Connection, record: StepRecord, messages: list[ToEngine]) -> None:

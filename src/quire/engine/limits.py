@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from quire.errors import RequestError
+from quire.config import EngineConfig
+from quire.errors import ConfigError, RequestError
 from quire.request import Request, SampleProgress, Task
 
 NOTHING_YET: Mapping[int, SampleProgress] = MappingProxyType({})
@@ -98,3 +99,12 @@ def _check_tokens(param: str, token_ids: Collection[int], vocab_size: int) -> No
         return
     wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
     raise RequestError(f"{param} holds token {wrong}; the model's vocabulary ends at {vocab_size - 1}", param=param)
+
+
+def check_one_engine(config: EngineConfig) -> None:
+    """Raise `ConfigError` if a config asks for several engines where one is made."""
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size is {config.data_parallel_size}, but several engines only run behind `quire serve`; "
+            "leave it out"
+        )

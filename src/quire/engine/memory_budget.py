@@ -102,9 +102,13 @@ def make_budget(
             activations += EXPANSION_WORKSPACE
     else:
         activations = _device_activations(backend, model, choice, num_samples)
+    if model.num_ranks > 1:  # every rank gathers the logits of the whole vocabulary
+        activations += 2 * num_samples * model.vocab_size * FLOAT32_BYTES
     on_cuda = device.type == "cuda"
-    # A captured step would need the slots of states as fixed inputs.
-    captures = on_cuda and backend.captures and not config.enforce_eager and not spec.state_bytes
+    # A captured step would need the slots of states as fixed inputs, and all ranks would have to capture together.
+    captures = (
+        on_cuda and backend.captures and not config.enforce_eager and not spec.state_bytes and model.num_ranks == 1
+    )
     return MemoryBudget(
         available=available,
         own_memory=device.total_memory is not None,

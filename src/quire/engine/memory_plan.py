@@ -9,7 +9,7 @@ from typing import Any
 
 from quire.backends import BACKENDS, Backend, choose_backend, has_package
 from quire.config import EngineConfig
-from quire.engine.device import Device, find_device
+from quire.engine.device import Device, check_devices, find_device
 from quire.engine.image_memory import NO_IMAGES, TEXT_TOKENS, ImageMemory
 from quire.engine.memory_budget import StorageChoice, make_budget
 from quire.engine.memory_refusals import (
@@ -27,6 +27,7 @@ from quire.engine.state_memory import plan_states
 from quire.errors import ConfigError
 from quire.kv_groups import KVGroup, describe_groups, most_blocks, window_alignment
 from quire.model_config import ModelConfig
+from quire.model_config.divided import divide
 
 MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
@@ -85,6 +86,8 @@ class MemoryPlan:
     images: ImageMemory = NO_IMAGES
     """For an image encoder and what it computes."""
     async_scheduling: bool = False
+    num_ranks: int = 1
+    """Ranks; all other sizes are those of one of them."""
 
     @property
     def total(self) -> int:
@@ -132,9 +135,10 @@ class MemoryPlan:
             f"{self.num_state_slots - self.max_num_seqs} of them for snapshots that prompts are found to begin with"
         )
         computed = [f"device: {self.device_name or self.device}, attention {self.attention_backend}"]
+        each = f" of each of {self.num_ranks} ranks" if self.num_ranks > 1 else ""
         return [
             *(computed if self.attention_backend != "cpu" else []),
-            f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
+            f"memory{each}: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
             f"weights {show_bytes(self.weights)} ({self.quantization or self.stored or self.dtype}) "
             f"+ activations {show_bytes(self.activations)} ({self.max_num_batched_tokens} tokens a step) "
             f"+ log-probabilities {show_bytes(self.logprobs)} "
@@ -191,6 +195,9 @@ def plan_memory(
     """
     device = device or find_device(config.device)
     config = with_packed_form(config, model)
+    num_ranks = config.tensor_parallel_size
+    check_devices(num_ranks, device)
+    model = divide(model, num_ranks)
     longest = config.max_model_len or model.default_model_len
     if model.needs_whole_texts:
         longest = check_whole_texts(config, model, longest)
@@ -199,7 +206,7 @@ def plan_memory(
     check_backend(config, choice, device)
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None
-    available = int((device.total_memory or 0) * config.gpu_memory_utilization) if on_card else host
+    available = int((device.total_memory or 0) * config.gpu_memory_utilization) if on_card else host // num_ranks
     budget = make_budget(config, model, choice, device, available)
     block_size = choice.block_size
     check_parts(config, model, budget, block_size, host)
@@ -251,7 +258,10 @@ def plan_memory(
         state_bytes=states.slot_bytes,
         adapters=budget.adapters,
         images=budget.images,
-        async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
+        async_scheduling=num_ranks == 1 and device.type == "cuda"
+        if config.async_scheduling is None
+        else config.async_scheduling,
+        num_ranks=num_ranks,
     )
 
 

@@ -31,6 +31,19 @@ class Load(msgspec.Struct, tag=True):
     config: EngineConfig
     plan: MemoryPlan
     folder: str
+    index: int = 0
+    """The engine's place among equal ones; it takes the cards that follow those of the engines before it."""
+
+
+class RankLoad(msgspec.Struct):
+    """The part of a model that a rank other than 0 loads."""
+
+    config: EngineConfig
+    plan: MemoryPlan
+    folder: str
+    rank: int
+    meeting_file: str
+    """Where the ranks find each other."""
 
 
 class Add(msgspec.Struct, tag=True):

@@ -230,9 +230,9 @@ _HISTOGRAMS = (
 class Metrics(Collector):
     """All metrics of one process, in their own registry. Not safe for threads that write at the same time."""
 
-    def __init__(self, model_name: str = "") -> None:
+    def __init__(self, model_name: str = "", engine: int = 0) -> None:
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name, "engine": str(engine)}
         self._latest = EngineStats()
         self._published = EngineStats()
         self._described_pool = False

@@ -21,6 +21,7 @@ from quire.engine.malloc_arena import MallocArena
 from quire.engine.memory_plan import MemoryPlan
 from quire.gguf.file import is_gguf, read_gguf
 from quire.model_config import ModelConfig
+from quire.model_config.divided import divide
 from quire.models.weights_cache import PackedTensor, WeightsCache
 
 PACKING_BACKEND = "cpu"
@@ -99,6 +100,7 @@ class Preloader:
 
 def preload(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, folder: Path) -> Preloader:
     """Begin to preload for a `build_core` call with the same arguments."""
+    model_config = divide(model_config, config.tensor_parallel_size)
     source = None if config.load_format == "dummy" else folder
     arena = None
     if plan.device == "cpu":

@@ -7,6 +7,7 @@ requests run after a death, and which one is at fault and ended.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,10 @@ QUARANTINE_SECONDS = 600.0
 """Seconds for which the content of a request that killed the engine is refused."""
 
 
+Tap = Callable[[RequestOutput], bool]
+"""Takes an output in the pass that delivers it, and returns True; False leaves it to the consumer of the stream."""
+
+
 @dataclass(slots=True)
 class Stream:
     """One request in flight."""
@@ -41,9 +46,14 @@ class Stream:
     """Whether the present engine process has the request."""
     output: RequestOutput | None = None
     """Merged deltas that the consumer has not read yet; they take at most the memory of the whole output."""
-    error: QuireError | None = None
+    error: Exception | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when `take` has something to return or to raise."""
+    """Set when `next` has something to return or to raise."""
+    tap: Tap | None = None
+    """Spares a switch of tasks for each output. It gets outputs only while the consumer waits and holds none, so that
+    their order stays, and never the last one."""
+    is_awaited: bool = False
+    """The consumer waits in `next`."""
     replayed: RequestOutput | None = None
     """What another engine had made of the request."""
     deadline: asyncio.TimerHandle | None = None
@@ -52,8 +62,19 @@ class Stream:
     num_repeated_prompt_logprobs: int = 0
     """How many of them the present engine process will compute again."""
 
+    async def next(self) -> RequestOutput:
+        """What has arrived since the last call, apart from what the tap took. Raises the error that ended the request,
+        once its output is read."""
+        output = None
+        while output is None:
+            self.is_awaited = True
+            await self.changed.wait()
+            self.is_awaited = False
+            output = self.take()
+        return output
+
     def take(self) -> RequestOutput | None:
-        """What has arrived since the last call. Raises the error that ended the request, once its output is read."""
+        """What has arrived, if anything has; raises as `next` does."""
         if self.error is None:
             self.changed.clear()
         elif self.output is None:
@@ -81,9 +102,9 @@ class RequestStreams:
         return len(self._streams)
 
     @property
-    def num_live(self) -> int:
-        """Requests that the engine has not finished."""
-        return sum(1 for stream in self._streams.values() if stream.live)
+    def num_live(self) -> Counter[str]:
+        """Requests that the engine has not finished, by tenant."""
+        return Counter(stream.request.tenant for stream in self._streams.values() if stream.live)
 
     def _check_pixels(self, request: Request) -> None:
         wanted = request.num_pixel_bytes
@@ -176,16 +197,30 @@ class RequestStreams:
             self._streams[request_id].live.pop(index, None)
         if stopped:
             self._send(Stop(stopped))
+        num_finished = 0
         for output in outputs:
             stream = self._streams[output.request_id]
-            if stream.output is None:
-                stream.output = output
-            else:
+            if stream.output is not None:
                 stream.output.extend(output)
+            elif stream.tap is not None and stream.is_awaited and not output.finished and self._tapped(stream, output):
+                continue
+            else:
+                stream.output = output
+            num_finished += output.finished
             stream.changed.set()
-        return sum(output.finished for output in outputs)
+        return num_finished
 
-    def end(self, request_id: str, error: QuireError) -> None:
+    def _tapped(self, stream: Stream, output: RequestOutput) -> bool:
+        """Whether the tap has taken the output. An error of the tap ends its request alone."""
+        assert stream.tap is not None
+        try:
+            return stream.error is None and stream.tap(output)
+        except Exception as error:
+            self._abort(stream)
+            self.end(output.request_id, error)
+            return True
+
+    def end(self, request_id: str, error: Exception) -> None:
         """End a stream with an error. Unknown ids are ignored."""
         stream = self._streams.get(request_id)
         if stream is not None:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from quire.errors import QueueFullError
 from quire.outputs import EngineStats
 
 LOG_INTERVAL = 10.0
@@ -60,15 +59,6 @@ class Throughput:
         are taken to run while there are places."""
         num_running = self.stats.num_running if self.stats.num_waiting else max_num_seqs
         return max(0, num_live - num_running)
-
-    def check_queue(self, num_live: int, max_num_seqs: int, max_queue_size: int) -> None:
-        """Raise `QueueFullError` if `max_queue_size` requests wait; 0: any number may."""
-        num_waiting = self.num_waiting(num_live, max_num_seqs)
-        if num_waiting >= max_queue_size > 0:
-            raise QueueFullError(
-                f"{num_waiting} requests are waiting, the limit is {max_queue_size} (max_queue_size)",
-                retry_after=self.retry_after(num_waiting, max_queue_size),
-            )
 
     def retry_after(self, num_waiting: int, max_queue_size: int) -> int:
         """Seconds until the queue has room: by the scheduler's prediction, else by the rate of finished requests."""

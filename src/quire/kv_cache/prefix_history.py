@@ -10,16 +10,19 @@ from quire.request import InputSpan
 
 T = TypeVar("T")
 
-CAPACITY = 16_384
-"""Evicted blocks that are remembered, and as many beginnings of prompts."""
+MAX_CAPACITY = 16_384
+"""Most evicted blocks that are remembered, and as many beginnings of prompts."""
+POOLS = 2
+"""As many blocks are remembered as this number of pools has: memory does not grow long after the pool is full."""
 
 
 class PrefixHistory:
     """When which block was evicted, and under which salt each prompt began."""
 
-    def __init__(self, block_size: int, clock: Callable[[], float], *, capacity: int = CAPACITY) -> None:
+    def __init__(self, block_size: int, clock: Callable[[], float], num_blocks: int) -> None:
+        """`num_blocks`: blocks of the pool."""
         self._clock = clock
-        self._capacity = capacity
+        self._capacity = min(MAX_CAPACITY, POOLS * num_blocks)
         self._block_size = block_size
         self._evicted: OrderedDict[BlockHash, float] = OrderedDict()
         self._beginnings: OrderedDict[BlockHash, BlockHash] = OrderedDict()

@@ -40,12 +40,15 @@ class Tier:
         stored: Iterable[tuple[bytes, int]] = (),
         *,
         state_bytes: int = 0,
+        changes: Callable[[], Iterable[tuple[bytes, int]]] = tuple,
     ) -> None:
+        """`changes`: what other engines stored (hash, bytes) or removed (hash, 0) since the last call."""
         self.block_bytes = block_bytes
         """Space that one more block takes."""
         self.state_bytes = state_bytes
         """Space that one more recurrent state takes."""
         self.stats = TierStats(capacity_bytes=capacity_bytes)
+        self._changes = changes
         self.listeners: list[Callable[[bytes, bool], None]] = []
         """Called with a block's hash, and whether it is now stored (or else gone)."""
         self._sizes: OrderedDict[bytes, int] = OrderedDict(stored)
@@ -93,6 +96,14 @@ class Tier:
 
     def hashes(self) -> list[bytes]:
         return list(self._sizes)
+
+    def follow(self) -> None:
+        """Note what other engines changed. A block that is gone and still listed is a failed read, nothing worse."""
+        for block_hash, size in self._changes():
+            if size:
+                self.add(block_hash, size)
+            else:
+                self.remove(block_hash)
 
     def make_room(self, reserved_bytes: int, kept: Callable[[bytes], bool]) -> list[bytes] | None:
         """Evict blocks until `reserved_bytes` more fit, but none that is `kept`. Returns the evicted ones.

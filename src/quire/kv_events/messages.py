@@ -5,9 +5,11 @@ Fields that a reader does not know are skipped, so later versions can be read to
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from quire.errors import QuireError
 
@@ -33,6 +35,12 @@ class BlockStored(msgspec.Struct, tag=True):
     lora_id: int | None = None
     medium: str | None = GPU
     lora_name: str | None = None
+    extra_keys: list[Any] | UnsetType | None = UNSET
+    """For each block, what else its hash covers: adapter, images, cache salt."""
+    group_idx: int | UnsetType | None = UNSET
+    """KV group, in engines that publish several."""
+    kv_cache_spec_kind: str | UnsetType | None = UNSET
+    """What the layers of the group keep, such as full_attention or sliding_window."""
 
 
 class BlockRemoved(msgspec.Struct, tag=True):
@@ -40,6 +48,7 @@ class BlockRemoved(msgspec.Struct, tag=True):
 
     block_hashes: list[Hash]
     medium: str | None = GPU
+    group_idx: int | UnsetType | None = UNSET
 
 
 class AllBlocksCleared(msgspec.Struct, tag=True):
@@ -58,7 +67,7 @@ def encode_events(time: float, events: Sequence[Event], *, as_arrays: bool = Fal
     """One message."""
     if not as_arrays:
         return _encode([time, events, None])
-    return _encode([time, [[type(event).__name__, *msgspec.structs.astuple(event)] for event in events], None])
+    return _encode([time, [[type(event).__name__, *_positions(event)] for event in events], None])
 
 
 def decode_events(data: bytes) -> list[Event]:
@@ -73,6 +82,11 @@ def decode_events(data: bytes) -> list[Event]:
 def low_bits(block_hash: Hash) -> int:
     """The low 64 bits of a block hash, in whichever form it was sent."""
     return int.from_bytes(block_hash[-8:], "big") if isinstance(block_hash, bytes) else block_hash & (2**64 - 1)
+
+
+def _positions(event: Event) -> list[Any]:
+    """The fields by position, up to the first one that is not set."""
+    return list(takewhile(lambda value: value is not UNSET, msgspec.structs.astuple(event)))
 
 
 def _known(events: Sequence[Any]) -> Iterator[Event]:

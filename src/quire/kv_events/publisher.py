@@ -1,7 +1,8 @@
 """EventPublisher: sends messages of KV events over ZMQ, and past ones on request.
 
 A message has three frames: topic, sequence number (8 bytes, big-endian), content. Past messages are asked for at a
-ROUTER socket with the first wanted number; they come as (number, content), and number −1 ends them.
+ROUTER socket with the first wanted number; they come in the same three frames, and number −1 ends them. In the array
+form, which is older, they come without the topic, as vLLM sent them then.
 """
 
 import threading
@@ -23,6 +24,7 @@ class EventPublisher:
         zmq = import_zmq()
         self._as_arrays = config.format == "array"
         self._topic = config.topic.encode()
+        self._past_topic = () if self._as_arrays else (self._topic,)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PUB)
         self._socket.set_hwm(config.hwm)
@@ -64,8 +66,8 @@ class EventPublisher:
                 with self._lock:
                     past = [message for message in self._past if message[0] >= start]
                 for number, content in past:
-                    replies.send_multipart((client, b"", number.to_bytes(8, "big"), content))
-                replies.send_multipart((client, b"", _END, b""))
+                    replies.send_multipart((client, b"", *self._past_topic, number.to_bytes(8, "big"), content))
+                replies.send_multipart((client, b"", *(b"" for _ in self._past_topic), _END, b""))
             except zmq.ContextTerminated:
                 replies.close()
                 return

@@ -8,6 +8,7 @@ from torch import Tensor
 from quire.kernels import Kernels
 from quire.kernels.interface import PackedWeight
 from quire.layers.linear import Linear, gather
+from quire.layers.ranks import Ranks
 
 
 class TokenEmbedding(Protocol):
@@ -59,3 +60,21 @@ class TiedEmbedding(PackedEmbedding):
     def __init__(self, head: Linear) -> None:
         super().__init__(head.kernels, head.packed, head.num_inputs)
         self.head = head
+
+
+class DividedEmbedding:
+    """Rows of a table that ranks hold a part of each."""
+
+    __slots__ = ("first", "own", "ranks", "stop")
+
+    def __init__(self, own: TokenEmbedding, ids: slice, ranks: Ranks) -> None:
+        """`own` are the rows of `ids`."""
+        self.own = own
+        self.first, self.stop = ids.start, ids.stop
+        self.ranks = ranks
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids int32 [T] -> [T, H], a fresh tensor."""
+        others = (ids < self.first) | (ids >= self.stop)
+        rows = self.own((ids - self.first).masked_fill_(others, 0))
+        return self.ranks.sum(rows.masked_fill_(others.unsqueeze(1), 0))

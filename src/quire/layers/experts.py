@@ -10,6 +10,7 @@ from quire.kernels import Kernels
 from quire.kernels.expert_forms import alike
 from quire.kernels.interface import ExpertMatrices, PackedExperts, Packing
 from quire.layers.linear import LinearWeight, join_biases, stored_as
+from quire.layers.ranks import Ranks
 from quire.quantization import WeightFormat
 
 
@@ -38,7 +39,7 @@ class ExpertMLPs:
     """down(activation(gate(x)) * up(x)) of all experts. The weights are packed when this is built, one expert after the
     other, into one tensor for each of the two layers."""
 
-    __slots__ = ("kernels", "packed")
+    __slots__ = ("kernels", "packed", "ranks")
 
     def __init__(
         self,
@@ -49,9 +50,12 @@ class ExpertMLPs:
         activation: str,
         dtype: str | WeightFormat,
         packing: Packing | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`gate_up` [2 I, H] and `down` [H, I]; I is `num_inner`. `packing` packs them; by default `kernels` do."""
+        """`gate_up` [2 I, H] and `down` [H, I]; I is `num_inner`. `packing` packs them; by default `kernels` do.
+        `ranks` have other parts of I."""
         self.kernels = kernels
+        self.ranks = ranks
         packing, stored = packing or kernels, stored_as(dtype)
         matrices = alike(gate_up.matrices, down.matrices, stored)
         self.packed = PackedExperts(
@@ -67,4 +71,9 @@ class ExpertMLPs:
     def add_to(self, out: Tensor, x: Tensor, weights: Tensor, chosen: Tensor) -> None:
         """x, out [T, H], weights, chosen [T, A]: adds to each row of `out` the outputs of the experts chosen for the
         row of x, times their weights."""
-        self.kernels.experts(x, chosen.int(), weights, self.packed, out)
+        if self.ranks is None:
+            self.kernels.experts(x, chosen.int(), weights, self.packed, out)
+            return
+        own = torch.zeros_like(out)
+        self.kernels.experts(x, chosen.int(), weights, self.packed, own)
+        out += self.ranks.sum(own)

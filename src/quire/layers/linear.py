@@ -13,6 +13,7 @@ from quire.kernels.coded import CodedMatrix, CodedWeight, can_join
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
+from quire.layers.ranks import Ranks
 from quire.quantization import METHODS, WeightFormat
 
 Table = Tensor | BlockMatrix
@@ -46,6 +47,8 @@ class LinearWeight:
     """[N]"""
     origin: LinearOrigin | None = None
     """Set where adapters may change the layer."""
+    ranks: Ranks | None = None
+    """Set where the layer has a part of the inputs: its outputs are summed over these ranks."""
 
     def select_rows(self, rows: Tensor) -> "LinearWeight":
         """The layer that computes the outputs `rows`, in their order."""
@@ -76,7 +79,7 @@ class Linear:
     the gate of an MLP (`after_gate`).
     """
 
-    __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
+    __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed", "ranks")
 
     def __init__(
         self,
@@ -92,8 +95,14 @@ class Linear:
         self.num_inputs = weights[0].weight.shape[1]
         self.packed = _pack(packing, weights, stored_as(dtype))
         self.bias = join_biases(weights)
+        self.ranks = weights[0].ranks
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
+        out = self._own_product(x)
+        return out if self.ranks is None else self.ranks.sum(out)
+
+    def _own_product(self, x: Tensor | Normed) -> Tensor:
+        """What this rank's part of the inputs gives."""
         if isinstance(x, Normed):
             norm = x.norm
             if isinstance(norm, RMSNorm):
@@ -121,7 +130,8 @@ class Linear:
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
         if activation in FUSED_GATES:
-            return self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
+            out = self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
+            return out if self.ranks is None else self.ranks.sum(out)
         gate, up = x.chunk(2, dim=1)
         return self(activation_function(activation)(gate) * up)
 
@@ -215,3 +225,26 @@ def head_format(dtype: str) -> str | WeightFormat:
 def output_head(kernels: Kernels, table: LinearWeight, dtype: str, packing: Packing | None = None) -> Linear:
     """The layer that makes logits: a table [vocab_size, H], which may be the embedding's."""
     return Linear(kernels, [table], head_format(dtype), packing)
+
+
+class DividedHead(Linear):
+    """An output head of which every rank has the rows of some tokens."""
+
+    __slots__ = ("_among", "num_padded", "vocab_size")
+
+    def __init__(self, own: Linear, ranks: Ranks, num_padded: int, vocab_size: int) -> None:
+        """`own` has `num_padded` outputs on every rank but the last."""
+        self.kernels, self.packed, self.bias = own.kernels, own.packed, own.bias
+        self.num_inputs, self.num_outputs = own.num_inputs, own.num_outputs
+        self.ranks = None
+        self._among = ranks
+        self.num_padded = num_padded
+        self.vocab_size = vocab_size
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """x [R, H] -> [R, vocab_size], on every rank."""
+        own = self._own_product(x)
+        missing = self.num_padded - self.num_outputs
+        if missing:
+            own = torch.nn.functional.pad(own, (0, missing))
+        return self._among.gather(own)[:, : self.vocab_size].contiguous()

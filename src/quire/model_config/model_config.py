@@ -180,6 +180,8 @@ class ModelConfig:
     vision: VisionConfig | None = None
     """The image encoder; None for a model that reads text only."""
 
+    num_ranks: int = 1
+    """Ranks that hold the model together; above 1, heads and inner widths are those of one of them (`divided`)."""
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     stored: StoredWeights | None = None
@@ -331,6 +333,7 @@ class ModelConfig:
 def _spec(config: ModelConfig) -> ModelSpec:
     """Layers by the function that the family's row names; published shapes without a row have standard ones."""
     row = ARCHITECTURES.get(config.architecture)
+    num_tokens = -(-config.vocab_size // config.num_ranks)
     module, name = (row.layers if row is not None else STANDARD_LAYERS).split(":")
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
     hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
@@ -344,13 +347,13 @@ def _spec(config: ModelConfig) -> ModelSpec:
         LinearSpec("project_out", width, hidden, quantizes=False),
     )
     embedding_norm = norm_vectors(config, "embedding_norm") if config.embedding_norm else ()
-    head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
+    head_bias = (VectorSpec("head.bias", num_tokens),) if config.head_bias else ()
     vision = config.vision
     encoder = () if vision is None else vision.vectors
     return ModelSpec(
         layers=layers(config),
-        embedding=LinearSpec("embedding", config.vocab_size, width),
-        head=None if config.is_encoder else LinearSpec("head", config.vocab_size, width),
+        embedding=LinearSpec("embedding", num_tokens, width),
+        head=None if config.is_encoder else LinearSpec("head", num_tokens, width),
         is_encoder=config.is_encoder,
         projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,

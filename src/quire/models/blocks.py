@@ -19,6 +19,7 @@ from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.builder import Builder
 from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
+from quire.models.shards import Division, Part
 
 HeadNorms = tuple[HeadNorm, HeadNorm]
 """The norms of queries and of keys."""
@@ -99,9 +100,10 @@ def rotary_attention(
     config = build.config
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {names[0]: 2 * q_rows if config.attention_gate else q_rows, names[1]: kv_rows, names[2]: kv_rows}
+    divisions: tuple[Division, ...] = ("outputs", "kv", "kv")
     q, k, v = (
-        build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
-        for name, rows in sizes.items()
+        build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias, split=division)
+        for (name, rows), division in zip(sizes.items(), divisions, strict=True)
     )
     gates: tuple[LinearWeight, ...] = ()
     if config.attention_gate:
@@ -116,7 +118,7 @@ def rotary_attention(
         config,
         build.pack(q, k, v, *gates),
         _attend(build, layer, cos_sin, q.weight.device),
-        build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias),
+        build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias, split="inputs"),
         head_norms=head_norms,
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
     )
@@ -136,13 +138,24 @@ def fused_attention(
     [inputs, outputs]."""
     config, (fused, output) = build.config, names
     q_rows, num_rows = config.num_heads * config.head_dim, config.num_qkv_heads * config.head_dim
-    qkv = build.weights.take_linear(fused, (num_rows, config.hidden_size), bias=config.qkv_bias, transposed=transposed)
+    kv_rows = config.num_kv_heads * config.head_dim
+    parts: tuple[Part, ...] = (("outputs", q_rows), ("kv", kv_rows), ("kv", kv_rows))
+    shards = build.weights.shards
+    # Groups of KV heads are divided whole; a single KV head is every rank's.
+    grouped = by_kv_head and shards is not None and shards.divides_kv
+    qkv = build.weights.take_linear(
+        fused,
+        (num_rows, config.hidden_size),
+        bias=config.qkv_bias,
+        transposed=transposed,
+        split="outputs" if grouped else parts,
+    )
     rows = _order_of_fused_rows(config, by_kv_head, qkv.weight.device)
     return SelfAttention(
         config,
         build.pack(qkv if rows is None else qkv.select_rows(rows)),
         _attend(build, layer, cos_sin, qkv.weight.device),
-        build.linear({output: config.hidden_size}, q_rows, bias=config.o_bias, transposed=transposed),
+        build.linear({output: config.hidden_size}, q_rows, bias=config.o_bias, transposed=transposed, split="inputs"),
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
     )
 
@@ -158,9 +171,17 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.de
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
         alibi_slopes=torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None,
-        sinks=build.weights.take("sinks", (config.num_heads,)).float() if config.attention_sinks else None,
+        sinks=_sinks(build) if config.attention_sinks else None,
         query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
     )
+
+
+def _sinks(build: Builder) -> Tensor:
+    """The sinks of this rank's heads [num_heads]."""
+    shards, num_heads = build.weights.shards, build.config.num_heads
+    if shards is None:
+        return build.weights.take("sinks", (num_heads,)).float()
+    return shards.heads(build.weights.take("sinks", (num_heads * shards.ranks.size,)).float(), num_heads)
 
 
 def rows_of_groups(config: ModelConfig) -> Tensor:
@@ -244,17 +265,18 @@ def gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_proj"
     config, (gate, up, down) = build.config, names
     hidden = config.hidden_size
     return GatedMLP(
-        build.linear({gate: inner, up: inner}, hidden, bias=config.mlp_bias),
-        build.linear({down: hidden}, inner, bias=config.mlp_bias),
+        build.linear({gate: inner, up: inner}, hidden, bias=config.mlp_bias, split="outputs"),
+        build.linear({down: hidden}, inner, bias=config.mlp_bias, split="inputs"),
         config.activation,
     )
 
 
 def fused_gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_up_proj", "down_proj")) -> GatedMLP:
     """An MLP of `inner` width whose gate and up are stored as one matrix, the gate first."""
+    both: tuple[Part, ...] = (("outputs", inner), ("outputs", inner))
     return GatedMLP(
-        build.linear({names[0]: 2 * inner}, build.config.hidden_size, bias=build.config.mlp_bias),
-        build.linear({names[1]: build.config.hidden_size}, inner, bias=build.config.mlp_bias),
+        build.linear({names[0]: 2 * inner}, build.config.hidden_size, bias=build.config.mlp_bias, split=both),
+        build.linear({names[1]: build.config.hidden_size}, inner, bias=build.config.mlp_bias, split="inputs"),
         build.config.activation,
     )
 
@@ -279,7 +301,7 @@ def plain_mlp(build: Builder, names: Sequence[str], *, transposed: bool = False)
     config, (up, down) = build.config, names
     hidden, inner = config.hidden_size, config.intermediate_size
     return PlainMLP(
-        build.linear({up: inner}, hidden, bias=config.mlp_bias, transposed=transposed),
-        build.linear({down: hidden}, inner, bias=config.mlp_bias, transposed=transposed),
+        build.linear({up: inner}, hidden, bias=config.mlp_bias, transposed=transposed, split="outputs"),
+        build.linear({down: hidden}, inner, bias=config.mlp_bias, transposed=transposed, split="inputs"),
         config.activation,
     )

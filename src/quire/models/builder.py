@@ -1,8 +1,9 @@
 """Builder: makes a model's layers from its config and its weights."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -10,9 +11,10 @@ from quire.kernels import Kernels
 from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.coded import CodedMatrix
 from quire.layers.adapters import AdaptedEmbedding, AdaptedLinear
-from quire.layers.embedding import Embedding, PackedEmbedding, TiedEmbedding, TokenEmbedding
+from quire.layers.embedding import DividedEmbedding, Embedding, PackedEmbedding, TiedEmbedding, TokenEmbedding
 from quire.layers.experts import ExpertLinear, ExpertMLPs
 from quire.layers.linear import (
+    DividedHead,
     Linear,
     LinearOrigin,
     LinearWeight,
@@ -24,6 +26,7 @@ from quire.layers.linear import (
 )
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
+from quire.models.shards import Division, Part
 from quire.models.weights import WeightScope
 from quire.quantization import METHODS
 
@@ -52,13 +55,18 @@ class Builder:
         return str(self.weights.activation_dtype).removeprefix("torch.")
 
     def linear(
-        self, rows: Mapping[str, int], num_inputs: int, *, bias: bool = False, transposed: bool = False
+        self,
+        rows: Mapping[str, int],
+        num_inputs: int,
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+        split: Division | Sequence[Part] | None = None,
     ) -> Linear:
-        """One layer from several stored ones, outputs side by side; `rows` maps their names to their output sizes."""
-        take = self.weights.take_linear
-        return self.pack(
-            *(take(name, (count, num_inputs), bias=bias, transposed=transposed) for name, count in rows.items())
-        )
+        """One layer from several stored ones, outputs side by side; `rows` maps their names to their output sizes.
+        `split`: how ranks divide each of them."""
+        take = partial(self.weights.take_linear, bias=bias, transposed=transposed, split=split)
+        return self.pack(*(take(name, (count, num_inputs)) for name, count in rows.items()))
 
     def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
@@ -86,6 +94,7 @@ class Builder:
             activation or config.activation,
             self.dtype,
             self.weights.packing,
+            None if self.weights.shards is None else self.weights.shards.ranks,
         )
 
     def norm(self, name: str) -> Norm:
@@ -108,6 +117,7 @@ class Builder:
             self.weights.adapters.embedding_name = self.weights.prefix + name
         is_headless = not self.weights.has(f"{name}.weight") and self.weights.has(f"{head}.weight")
         layer = self.weights.take_linear(head if self.config.tie_word_embeddings and is_headless else name, shape)
+        layer = self._own_tokens(layer)
         return layer.floats() if isinstance(layer.weight, CodedMatrix) else layer.weight
 
     def ends(self, table: Table, head_name: str = "lm_head") -> tuple[TokenEmbedding, Linear]:
@@ -116,13 +126,15 @@ class Builder:
 
         A checkpoint that ties them and yet holds a head with other values has an untied head, as in transformers.
         """
-        num_outputs, num_inputs = table.shape
+        num_outputs, num_inputs = self.config.vocab_size, table.shape[1]
         has_bias = self.config.head_bias
         if self.config.tie_word_embeddings and not self._holds_other_head(table, head_name):
             bias = self.weights.take(f"{head_name}.bias", (num_outputs,)) if has_bias else None
+            if bias is not None and self.weights.shards is not None:
+                bias = bias[self.weights.shards.vocabulary]
             head = self._head(LinearWeight(table, bias), head_name)
             return self._adapted(TiedEmbedding(head)), head
-        stored = self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias)
+        stored = self._own_tokens(self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias))
         embedding: TokenEmbedding
         if isinstance(table, BlockMatrix):
             embedding = PackedEmbedding(self.kernels, self.kernels.pack_blocks([table]), num_inputs)
@@ -130,17 +142,24 @@ class Builder:
             embedding = Embedding(table, self.weights.activation_dtype)
         return self._adapted(embedding), self._head(stored, head_name)
 
+    def _own_tokens(self, whole: LinearWeight) -> LinearWeight:
+        """This rank's rows of a table of the vocabulary."""
+        return whole if self.weights.shards is None else self.weights.shards.of_vocabulary(whole)
+
     def _head(self, stored: LinearWeight, name: str) -> Linear:
-        adapters, packing = self.weights.adapters, self.weights.packing
+        adapters, packing, shards = self.weights.adapters, self.weights.packing, self.weights.shards
         if adapters is None:
-            return output_head(self.kernels, stored, self.dtype, packing)
+            head = output_head(self.kernels, stored, self.dtype, packing)
+            return head if shards is None else DividedHead(head, shards.ranks, shards.padded_rows, shards.vocab_size)
         adapters.head_name = self.weights.prefix + name
         stored = replace(stored, origin=LinearOrigin(adapters.head_name, stored.weight.shape[0]))
         adapters.head = AdaptedLinear(self.kernels, [stored], head_format(self.dtype), packing, adapters)
         return adapters.head
 
     def _adapted(self, embedding: TokenEmbedding) -> TokenEmbedding:
-        adapters = self.weights.adapters
+        adapters, shards = self.weights.adapters, self.weights.shards
+        if shards is not None:
+            embedding = DividedEmbedding(embedding, shards.vocabulary, shards.ranks)
         return embedding if adapters is None else AdaptedEmbedding(embedding, adapters)
 
     def _holds_other_head(self, table: Table, head_name: str) -> bool:
@@ -148,8 +167,8 @@ class Builder:
         name = f"{head_name}.weight"
         if not self.weights.has(name) or isinstance(table, BlockMatrix):
             return False
-        shape = (table.shape[0], table.shape[1])
-        differs = not torch.equal(self.weights.take(name, shape), table)
+        stored = self.weights.take(name, (self.config.vocab_size, table.shape[1]))
+        differs = not torch.equal(self._own_tokens(LinearWeight(stored)).floats(), table)
         if differs:
             logger.warning(
                 "the checkpoint holds %s with other values than the embeddings, although tie_word_embeddings is true; "

@@ -64,6 +64,8 @@ class GgufWeights:
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         """GGUF stores every matrix as [outputs, inputs], `transposed` or not."""
+        if self._is_split(f"{name}.weight"):
+            return LinearWeight(self.take(f"{name}.weight", shape))
         weight = self._take(f"{name}.weight", shape)
         return LinearWeight(weight, self.take(f"{name}.bias", shape[:1]) if bias else None)
 

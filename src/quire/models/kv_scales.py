@@ -36,7 +36,9 @@ def take_kv_scales(weights: WeightScope, num_kv_heads: int) -> KVScales | None:
     return None
 
 
-def _take(weights: WeightScope, name: str, num_kv_heads: int) -> Tensor:
+def _take(weights: WeightScope, name: str, num_own: int) -> Tensor:
+    shards = weights.shards
+    num_kv_heads = num_own if shards is None else shards.num_rows((("kv", num_own),))
     shape = weights.shape_of(name)
     scales = weights.take(name, shape).float().flatten()
     if len(scales) not in (1, num_kv_heads) or not bool((scales > 0).all() & scales.isfinite().all()):
@@ -44,7 +46,9 @@ def _take(weights: WeightScope, name: str, num_kv_heads: int) -> Tensor:
             f"tensor {name} has shape {list(shape)} and values from {scales.min().item():g}; expected one positive "
             f"number, or {num_kv_heads}, one for each KV head"
         )
-    return scales.expand(num_kv_heads).contiguous()
+    if weights.shards is not None and len(scales) > 1:
+        scales = weights.shards.kv_heads(scales, num_own)
+    return scales.expand(num_own).contiguous()
 
 
 def largest_projected(layer: Linear, norm_weight: Tensor, norm_bias: Tensor | None = None) -> Tensor:

@@ -132,10 +132,12 @@ def latent_attention(build: Builder, layer: int, cos_sin: Tensor | None) -> Late
     if shape.query_latent_dim:
         first = take("q_a_proj", (shape.query_latent_dim, hidden), bias=config.qkv_bias)
         norm = build.weights.take("q_a_layernorm.weight", (shape.query_latent_dim,)).float()
-        up = take("q_b_proj", (num_queries, shape.query_latent_dim)).select_rows(rows_of_heads(of_query, num_queries))
+        up = take("q_b_proj", (num_queries, shape.query_latent_dim), split="outputs")
+        up = up.select_rows(rows_of_heads(of_query, num_queries))
         queries = norm, build.pack(up)
     else:
-        first = take("q_proj", (num_queries, hidden)).select_rows(rows_of_heads(of_query, num_queries))
+        first = take("q_proj", (num_queries, hidden), split="outputs")
+        first = first.select_rows(rows_of_heads(of_query, num_queries))
         queries = None
     return LatentAttention(
         shape,
@@ -144,15 +146,15 @@ def latent_attention(build: Builder, layer: int, cos_sin: Tensor | None) -> Late
         build.weights.take("kv_a_layernorm.weight", (shape.latent_dim,)).float(),
         _head_layers(build, shape),
         Attention(build.kernels, layer, scale=config.attention_scale, cos_sin=cos_sin),
-        build.linear({"o_proj": hidden}, heads * shape.value_dim, bias=config.o_bias),
+        build.linear({"o_proj": hidden}, heads * shape.value_dim, bias=config.o_bias, split="inputs"),
     )
 
 
 def _head_layers(build: Builder, shape: LatentShape) -> tuple[list[Linear], list[Linear]]:
     """For each head the layer from the unrotated part of a query to a latent, and the one from a latent to a value."""
     sizes = (shape.nope_dim, shape.value_dim)
-    # Their numbers are transposed here, so it is taken as a tensor, not as a layer.
-    stored = build.weights.take("kv_b_proj.weight", (build.config.num_heads * sum(sizes), shape.latent_dim))
+    num_rows = build.config.num_heads * sum(sizes)
+    stored = build.weights.take_matrix("kv_b_proj", (num_rows, shape.latent_dim), split="outputs")
     keys, values = stored.view(-1, sum(sizes), shape.latent_dim).split_with_sizes(sizes, dim=1)
     return (
         [build.pack(LinearWeight(key.t())) for key in keys],

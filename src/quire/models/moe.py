@@ -11,6 +11,7 @@ from quire.models.decoder import MLP, DecoderLayer
 from quire.models.experts import Experts
 from quire.models.llama import Llama
 from quire.models.routers import make_router
+from quire.models.shards import Part
 
 
 class ExpertNames(NamedTuple):
@@ -85,15 +86,19 @@ def take_experts(build: Builder, names: ExpertNames, *, bias: bool) -> tuple[Exp
     scopes = [build.weights.scope(f"experts.{index}") for index in range(config.num_experts)]
     return (
         ExpertLinear.of(
-            [[scope.take_linear(name, (inner, hidden), bias=bias) for name in (gate, up)] for scope in scopes]
+            [
+                [scope.take_linear(name, (inner, hidden), bias=bias, split="outputs") for name in (gate, up)]
+                for scope in scopes
+            ]
         ),
-        ExpertLinear.of([[scope.take_linear(down, (hidden, inner), bias=bias)] for scope in scopes]),
+        ExpertLinear.of([[scope.take_linear(down, (hidden, inner), bias=bias, split="inputs")] for scope in scopes]),
     )
 
 
 def _fused_experts(build: Builder, names: ExpertNames) -> ExpertMLPs:
     config = build.config
     hidden, inner, num_experts = config.hidden_size, config.expert_intermediate_size, config.num_experts
-    gate_up = build.weights.take(names.fused[0], (num_experts, 2 * inner, hidden))
-    down = build.weights.take(names.fused[1], (num_experts, hidden, inner))
+    both: tuple[Part, ...] = (("outputs", inner), ("outputs", inner))
+    gate_up = build.weights.take_experts(names.fused[0], (num_experts, 2 * inner, hidden), both)
+    down = build.weights.take_experts(names.fused[1], (num_experts, hidden, inner), (("inputs", inner),))
     return build.pack_experts(ExpertLinear([[each] for each in gate_up]), ExpertLinear([[each] for each in down]))

@@ -15,6 +15,7 @@ from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.packed_checkpoint import PackedCheckpoint
 from quire.models.pooler import Pooler, make_pooler
+from quire.models.shards import Shards
 from quire.models.stored_names import StoredNames
 from quire.models.vision.encoder import ImageEncoder
 from quire.models.weights import TensorSource, WeightScope
@@ -55,13 +56,14 @@ def load_model(
     *,
     packing: Packing | None = None,
     adapters: ModelAdapters | None = None,
+    shards: Shards | None = None,
     max_model_len: int | None = None,
 ) -> Model:
     """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation.
 
     Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
-    by default `kernels` do. `adapters` collects the layers that adapters may change. Raises `CheckpointError` for
-    weights that are missing, misshapen or left over.
+    by default `kernels` do. `adapters` collects the layers that adapters may change. With `shards`, `config` is that of
+    one rank's part. Raises `CheckpointError` for weights that are missing, misshapen or left over.
     """
     row = ARCHITECTURES.get(config.architecture)
     if config.computed_by or row is None:
@@ -71,7 +73,7 @@ def load_model(
     family = getattr(import_module(module), name)
     if isinstance(source, PackedCheckpoint):
         packing = source.packing_for(dtype)
-    weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters)
+    weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters, shards=shards)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
     model.pooler = make_pooler(config, weights, model.logits)
     source.finish(ignored=model.ignored_tensors)

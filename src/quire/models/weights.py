@@ -4,8 +4,9 @@ A `TensorSource` knows one format of checkpoint; `quire.models.checkpoint_format
 source through a `WeightScope`, which puts a prefix before every name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from quire.kernels.interface import Packing
 from quire.layers.adapters import ModelAdapters
 from quire.layers.linear import LinearOrigin, LinearWeight
+from quire.models.shards import Division, Part, Shards
 
 
 class TensorSource(Protocol):
@@ -58,6 +60,8 @@ class WeightScope:
     """Packs the dense layers; None: the model's kernels do."""
     adapters: ModelAdapters | None = None
     """Collects the layers that adapters may change; None: none may."""
+    shards: Shards | None = None
+    """This rank's parts of the layers; None: one process has all of each."""
 
     def scope(self, name: str) -> "WeightScope":
         """The tensors below `name` and a dot."""
@@ -84,14 +88,37 @@ class WeightScope:
         return self.source.take_bytes(self.prefix + name, shape)
 
     def take_linear(
-        self, name: str, shape: tuple[int, int], *, bias: bool = False, transposed: bool = False
+        self,
+        name: str,
+        shape: tuple[int, int],
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+        split: Division | Sequence[Part] | None = None,
     ) -> LinearWeight:
         """The dense layer `name` of `shape` [outputs, inputs], as the source stores it.
 
-        `bias`: it has one. `transposed`: the family's checkpoints store the matrix as [inputs, outputs].
+        `bias`: it has one. `transposed`: the family's checkpoints store the matrix as [inputs, outputs]. `split`: how
+        ranks divide it, `shape` being that of one rank's part; None: each has all of it. Several parts lie side by side
+        in the outputs.
         """
+        if self.shards is not None and split is not None:
+            take = partial(self.source.take_linear, self.prefix + name, bias=bias, transposed=transposed)
+            return self.shards.take(take, shape, ((split, shape[0]),) if isinstance(split, str) else split)
         stored = self.source.take_linear(self.prefix + name, shape, bias=bias, transposed=transposed)
         return stored if self.adapters is None else replace(stored, origin=LinearOrigin(self.prefix + name, shape[0]))
+
+    def take_matrix(self, name: str, shape: tuple[int, int], *, split: Division) -> Tensor:
+        """The numbers of the dense layer `name`, for a family that computes with them before a layer is packed."""
+        if self.shards is not None:
+            return self.take_linear(name, shape, split=split).floats()
+        return self.take(f"{name}.weight", shape)
+
+    def take_experts(self, name: str, shape: tuple[int, int, int], split: Sequence[Part]) -> Tensor:
+        """A tensor of all experts [experts, outputs, inputs]; `split` as in `take_linear`."""
+        if self.shards is None:
+            return self.take(name, shape)
+        return self.shards.take_experts(partial(self.take, name), shape, split)
 
 
 def take_float_linear(

@@ -29,6 +29,7 @@ class ReplicaState(Struct):
     models: list[str]
     block_size: int
     """0 for a server that is not Quire."""
+    version: str
     num_requests: int = 0
     queued_tokens: int = 0
     context_tokens: int = 0
@@ -44,6 +45,7 @@ class RouterState(Struct):
     requests: int
     moved: int
     resumed_streams: int
+    mixed_streams: int
     cut_streams: int
 
 
@@ -105,12 +107,15 @@ class RouterApp:
             counts.requests,
             counts.moved,
             counts.resumed_streams,
+            counts.mixed_streams,
             counts.cut_streams,
         )
 
     def _replica_state(self, url: str) -> ReplicaState:
         backend, replica = self._backends.by_url[url], self._fleet.replicas.get(url)
-        state = ReplicaState(url, backend.is_up, backend.reason, list(backend.models), backend.block_size)
+        state = ReplicaState(
+            url, backend.is_up, backend.reason, list(backend.models), backend.block_size, backend.version
+        )
         if replica is not None:
             load = replica.load
             state.num_requests, state.queued_tokens = load.num_requests, load.queued_tokens

@@ -45,6 +45,8 @@ class Backend:
     models: tuple[str, ...] = ()
     block_size: int = 0
     """Tokens per block; 0 for a server that is not Quire."""
+    version: str = ""
+    """Version of a Quire server; empty for one that does not say."""
     is_up: bool = False
     reason: str = "not looked at yet"
     """Why it takes no requests."""
@@ -210,9 +212,10 @@ class Backends:
             timeout=PROBE_SECONDS,
         )
         try:
-            backend.block_size = msgspec.json.decode(asked.content, type=PromptBlocks).block_size
+            blocks = msgspec.json.decode(asked.content, type=PromptBlocks)
+            backend.block_size, backend.version = blocks.block_size, blocks.version
         except msgspec.DecodeError:
-            backend.block_size = 0
+            backend.block_size, backend.version = 0, ""
             if asked.status_code == 503:
                 raise ConfigError("it is still loading") from None
         backend.models = models

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 REPLAY_PORTS_UP = 1000
 REPLAY_SECONDS = 1.0
+_WHOLE_PROMPT = ("full_attention", "mla_attention", "sink_full_attention")
+"""Kinds of KV groups that keep every position. A prefix hit needs their blocks, whatever other groups hold."""
 _TIERS = {CPU: HOST, STORAGE: DISK}
 
 
@@ -43,6 +45,8 @@ class EventFeed:
         self._address = address
         self._next: int | None = None
         """The number of the next message; None before the first."""
+        self._other_groups: set[int] = set()
+        """KV groups that keep only some positions, such as a window. Their blocks have the same hashes."""
 
     async def run(self) -> None:
         """Read events for ever."""
@@ -95,12 +99,15 @@ class EventFeed:
         self._next = number + 1
         try:
             for event in decode_events(content):
-                self._apply(event)
+                self.apply(event)
         except EventsError as error:
             logger.warning("KV events of %s: %s", self._server, error)
             self._fleet.cleared(self._server)
 
-    def _apply(self, event: Event) -> None:
+    def apply(self, event: Event) -> None:
+        """Note what one event says."""
+        if not isinstance(event, AllBlocksCleared) and not self._keeps_all(event):
+            return
         match event:
             case BlockStored(block_hashes=hashes, medium=medium):
                 self._fleet.stored(self._server, map(low_bits, hashes), _TIERS.get(medium or "", DEVICE))
@@ -108,6 +115,18 @@ class EventFeed:
                 self._fleet.removed(self._server, map(low_bits, hashes), _TIERS.get(medium or "", DEVICE))
             case AllBlocksCleared():
                 self._fleet.cleared(self._server)
+
+    def _keeps_all(self, event: BlockStored | BlockRemoved) -> bool:
+        """Whether an event is about a KV group that keeps every position."""
+        group = event.group_idx or 0  # UNSET is false too
+        if isinstance(event, BlockStored):
+            if isinstance(event.kv_cache_spec_kind, str) and event.kv_cache_spec_kind not in _WHOLE_PROMPT:
+                self._other_groups.add(group)
+            elif event.kv_cache_spec_kind:
+                self._other_groups.discard(group)
+            elif group:  # its kind is not said: the first group stands for all
+                self._other_groups.add(group)
+        return group not in self._other_groups
 
 
 def replay_address(address: str) -> str | None:

@@ -64,4 +64,5 @@ class PromptReader:
         blocks = msgspec.json.decode(content, type=PromptBlocks)
         size = HASH_BYTES
         hashes = [int.from_bytes(blocks.hashes[at : at + size], "big") for at in range(0, len(blocks.hashes), size)]
-        return Prompt(hashes, max(1, blocks.num_tokens), blocks.block_size, session_of(request.fields))
+        session = session_of(request.fields)
+        return Prompt(hashes, max(1, blocks.num_tokens), blocks.block_size, session, blocks.content)

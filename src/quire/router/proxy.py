@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _BUSY = 429
 _AWAY = (502, 503, 504)
+_QUARANTINED = b'"code":"request_quarantined"'
+"""In an error body or event. No text of a model holds it: JSON escapes the quotation marks."""
 _MOST_TRIES = 16
 """Servers that one request is sent to, whatever happens there."""
 _PAUSE, _LONGEST_PAUSE = 0.1, 2.0
@@ -47,6 +49,8 @@ class Counts:
     """Times that a request went on to another server."""
     resumed_streams: int = 0
     """Among them, streams whose beginning the client already had."""
+    mixed_streams: int = 0
+    """Among them, streams that went on at a server of another version: there was none of the same."""
     cut_streams: int = 0
     """Streams that ended with an error of the router."""
 
@@ -91,7 +95,6 @@ class Proxy:
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises `RequestError` as long as the client has nothing of an answer."""
         request = await read_request(scope, receive, self._settings.max_body_size)
-        self._deadly.check(request.digest())
         self.counts.requests += 1
         await while_connected(receive, self._answer(request, ClientAnswer(send)))
 
@@ -106,6 +109,8 @@ class Proxy:
 
     async def _try_servers(self, request: RoutedRequest, answer: ClientAnswer) -> None:
         prompt = await self._prompts.read(request)
+        request.content = prompt.content or request.digest()
+        self._deadly.check(request.content)
         tried: set[str] = set()
         last = _MoveOnError("there is none")
         for attempt in range(_MOST_TRIES):
@@ -117,7 +122,8 @@ class Proxy:
                     tried.clear()
             home = self._homes.of(request, [url for url in self._backends.by_url if url in self._fleet.replicas])
             others = self._fleet.replicas.keys() - {home} if home in self._fleet.replicas else set()
-            work = await self.waiting.enter(prompt, tried if home in tried else tried | others)
+            others = (set() if home in tried else others) | self._other_versions(request, tried)
+            work = await self.waiting.enter(prompt, tried | others)
             backend = self._backends.by_url[work.replica.name]
             try:
                 await self._try(request, backend, work, answer)
@@ -134,6 +140,13 @@ class Proxy:
             raise QueueFullError("all servers have as many requests as they take", retry_after=1)
         else:
             raise EngineUnavailableError(f"no server could answer the request; of the last: {last}", retry_after=5)
+
+    def _other_versions(self, request: RoutedRequest, tried: set[str]) -> set[str]:
+        """The servers that may continue a stream with other tokens, as long as one is left that does not."""
+        if not request.answer.progress:
+            return set()
+        other = {url for url in self._fleet.replicas if self._backends.by_url[url].version != request.version}
+        return other if self._fleet.replicas.keys() - other - tried else set()
 
     async def _try(self, request: RoutedRequest, backend: Backend, work: Work, answer: ClientAnswer) -> None:
         """Send the request to one server, and its answer to the client. Raises `_MoveOnError`."""
@@ -171,6 +184,7 @@ class Proxy:
             reply = _Reply(status, headers, b"".join([part async for part in backend.parts(response)]), backend.url)
             if is_refusal:
                 raise _MoveOnError(f"it says {status}", reply=reply)
+            self._note_quarantine(request, reply.body)
             self._fleet.add_tokens(work, 1)
             await reply.send(answer)
         elif STREAM_HEADER.decode() in response.headers:
@@ -182,6 +196,7 @@ class Proxy:
                 if not answer.has_begun:
                     await answer.begin(status, headers, backend.url)
                 self._fleet.add_tokens(work, part.count(b"\ndata:") + 1)
+                self._note_quarantine(request, part)
                 await answer.write(part)
             if not answer.has_begun:
                 await answer.begin(status, headers, backend.url)
@@ -193,13 +208,22 @@ class Proxy:
         marked = request.answer
         if marked.progress:
             self.counts.resumed_streams += 1
+            self.counts.mixed_streams += backend.version != request.version
+        request.version = backend.version
         async for part in backend.parts(response):
             before = marked.num_tokens
             for events in marked.feed(part):
                 await answer.write(events)
             if marked.num_tokens > before:
                 self._fleet.add_tokens(work, marked.num_tokens - before)
-        await answer.end(marked.end())
+        last = marked.end()
+        self._note_quarantine(request, last)
+        await answer.end(last)
+
+    def _note_quarantine(self, request: RoutedRequest, data: bytes) -> None:
+        """A server says that its engine dies of a request: no other server shall find that out again."""
+        if _QUARANTINED in data:
+            self._deadly.add(request.content)
 
     def _count_move(self, request: RoutedRequest, backend: Backend, error: _MoveOnError) -> None:
         """A request leaves a server. Raises `QuarantinedError` if too many died of it."""
@@ -207,7 +231,7 @@ class Proxy:
         logger.warning("a request moves on from %s: %s", backend.url, error)
         request.num_deaths += error.died
         if request.num_deaths >= self._settings.max_deaths:
-            self._deadly.add(request.digest())
+            self._deadly.add(request.content)
             raise QuarantinedError(
                 f"{request.num_deaths} servers died while they computed this request (--max-deaths); requests like it "
                 f"are refused for {REFUSED_SECONDS:.0f} s"

@@ -48,6 +48,10 @@ class RoutedRequest:
     answer: MarkedStream = field(default_factory=MarkedStream)
     num_deaths: int = 0
     """Servers that died while they computed it."""
+    content: bytes = b""
+    """A digest of what is computed, by which a deadly request is known again: the server's, or else the body's."""
+    version: str = ""
+    """Version of the server that began the stream."""
 
     @property
     def only_computes(self) -> bool:
@@ -63,7 +67,7 @@ class RoutedRequest:
         return self.path.startswith(_STREAMS_BY_DEFAULT) if given is None else bool(given)
 
     def digest(self) -> bytes:
-        """A name of its content."""
+        """A digest of target and body."""
         return hashlib.blake2b(self.target.encode() + b"\0" + self.body, digest_size=16).digest()
 
     def to_send(self, *, handover: bool) -> tuple[Headers, bytes]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from quire.config import parse_size
 from quire.errors import ConfigError
+from quire.option_values import parse_size
 from quire.routing.policies import POLICIES
 
 

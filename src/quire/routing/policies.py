@@ -23,6 +23,8 @@ class Prompt:
     block_size: int
     session: str = ""
     """A name of the conversation, equal for all its turns; empty if it has none."""
+    content: bytes = b""
+    """Equal for requests of the same tokens and parameters, whatever their seed; empty if it is unknown."""
 
 
 class Policy(Protocol):
@@ -42,10 +44,12 @@ class LeastWork:
     """Sends a request to where its first token comes earliest and it delays others least.
 
     The cost of a replica is in tokens to compute: the prompt tokens that it lacks, the tokens that wait there, and a
-    share of the tokens that its running requests read at each step. A token in host memory or on disk costs a part of
-    computing it. Replicas that hold nothing of the prompt differ by load alone, so without knowledge this is least
-    load. Costs within `slack` of the prompt are equal; then the replica with the least work so far comes first. That
-    spreads new conversations, and their later turns follow them.
+    share of the tokens that its running requests read at each step. A prompt token delays this request and all that
+    come while it waits; a token ahead delays this request alone. So what is in hand at a replica is divided by one more
+    than the requests that wait at a replica on average: in a long queue blocks count more than a short wait. A token in
+    host memory or on disk costs a part of computing it. Replicas that hold nothing of the prompt differ by load alone,
+    so without knowledge this is least load. Costs within `slack` of the prompt are equal; then the replica with the
+    least work so far comes first. That spreads new conversations, and their later turns follow them.
     """
 
     lower_tier_cost: float = 0.25
@@ -64,7 +68,8 @@ class LeastWork:
         totals = [load.total_tokens for load in loads]
         most = self.most_ahead * sum(totals) / len(totals) + self.free_share * prompt.num_tokens
         context_cost = self.context_cost
-        costs = [load.queued_tokens + context_cost * load.context_tokens for load in loads]
+        num_delayed = 1 + sum(load.num_waiting for load in loads) / len(loads)
+        costs = [(load.queued_tokens + context_cost * load.context_tokens) / num_delayed for load in loads]
         if max(totals) > most:
             costs = [cost + max(0.0, total - most) for cost, total in zip(costs, totals, strict=True)]
         slack = self.slack * prompt.num_tokens

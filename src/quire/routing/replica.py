@@ -8,6 +8,8 @@ class Load:
     """What a replica has in hand, in tokens. The router counts what it sent, and needs no answer from the replica."""
 
     num_requests: int = 0
+    num_waiting: int = 0
+    """Requests without a first token."""
     queued_tokens: int = 0
     """Prompt tokens to compute before all requests have their first token."""
     context_tokens: int = 0
@@ -18,6 +20,7 @@ class Load:
     def begin(self, work: "Work") -> None:
         """A request was sent."""
         self.num_requests += 1
+        self.num_waiting += 1
         self.queued_tokens += work.num_new_tokens
         self.context_tokens += work.num_tokens
         self.total_tokens += work.num_new_tokens
@@ -26,6 +29,7 @@ class Load:
         """Output tokens have come."""
         if not work.has_begun:
             work.has_begun = True
+            self.num_waiting -= 1
             self.queued_tokens -= work.num_new_tokens
         work.num_tokens += num_tokens
         self.context_tokens += num_tokens
@@ -36,6 +40,7 @@ class Load:
         self.num_requests -= 1
         self.context_tokens -= work.num_tokens
         if not work.has_begun:
+            self.num_waiting -= 1
             self.queued_tokens -= work.num_new_tokens
 
 

@@ -1,19 +1,18 @@
-"""DiskBlocks: the disk tier's files. Two threads write and read blocks; a block is checked before it is used.
+"""DiskBlocks: the disk tier's files, which several engines may share. A block is checked before it is used.
 
-    FOLDER/quire-kv-1/lock                              held by the one process that uses the folder
     FOLDER/quire-kv-1/<fingerprint>/<ab>/<ab…hash>      one block: header, then keys and values of all layers
 
 The header holds a magic number, the fingerprint (everything else that decides the values: weights, dtypes, layout; see
 `engine.fingerprint`), the block's hash, the length of the content and a BLAKE2b digest of all that and the content. A
-file is written under another name and then renamed, so it is there completely or not at all. A file that a crash of the
-machine damaged does not match its digest; it is removed and counts as never stored. Nothing is synced: a lost block
-costs its recomputation, while a sync would cost every step around it.
+file is written under a name of its engine's own and then renamed, so it is there completely or not at all, and the last
+of several equal ones stays. A file that a crash damaged does not match its digest; it is removed and counts as never
+stored. Nothing is synced: a lost block costs its recomputation, while a sync would cost every step around it.
 
-The scheduler decides what to store and what to remove.
+Three threads write, read, and look what other engines have stored and removed (`disk_folder`). The scheduler decides
+what to store and what to remove.
 """
 
-import errno
-import fcntl
+import contextlib
 import logging
 import os
 import queue
@@ -24,18 +23,28 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from quire.errors import ConfigError
+from quire.runner.disk_folder import (
+    FINGERPRINT_BYTES,
+    HASH_BYTES,
+    UNFINISHED,
+    FolderListing,
+    Lease,
+    open_folder,
+    space_of,
+)
 from quire.step import OffloadResult
 
 FORMAT = "quire-kv-1"
-FINGERPRINT_BYTES, HASH_BYTES = 16, 32
 _HEADER = struct.Struct(f"<8s{FINGERPRINT_BYTES}s{HASH_BYTES}sQ32s")
 _MAGIC = b"QUIREKV1"
 HEADER_BYTES = _HEADER.size
-_CLUSTER = 4096
-"""Bytes; the disk space of a file is a multiple of this."""
-_UNFINISHED = ".part"
 CLOSE_SECONDS = 4.0
+_LOOK_SECONDS = 1.0
+"""Time between two looks at what other engines stored."""
+_ALONE_SECONDS = 5.0
+"""Time between two renewals of the lease without other engines."""
+_LOOK_SHARE = 20
+"""A look may take one n-th of the time; in a large folder they are rarer."""
 
 Write = Callable[[int, memoryview], int]
 """os.write, or a test's stand-in: (file descriptor, bytes) → number of bytes written."""
@@ -45,23 +54,27 @@ logger = logging.getLogger(__name__)
 
 def file_bytes(block_bytes: int) -> int:
     """The disk space of a block."""
-    return -(-(HEADER_BYTES + block_bytes) // _CLUSTER) * _CLUSTER
+    return space_of(HEADER_BYTES + block_bytes)
 
 
 class DiskBlocks:
-    """The files of one model's blocks, and two threads. `save`, `read` and `remove` return at once.
+    """The files of one model's blocks, and three threads. `save`, `read` and `remove` return at once.
 
     `stored` lists the blocks found at the start, the least recently used first: (hash, bytes). Blocks of other models,
     which only take space, are (fingerprint + hash, bytes).
     """
 
-    def __init__(self, folder: Path, fingerprint: bytes, sizes: Sequence[int], lock: int, write: Write) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: bytes, sizes: Sequence[int], lock: int, lease: Lease, write: Write
+    ) -> None:
         self._sizes = frozenset(sizes)
         """Bytes that a content may have: those of a block, and of a recurrent state."""
-        self.stored: list[tuple[bytes, int]] = []
+        self._listing = FolderListing(folder, fingerprint, {HEADER_BYTES + size for size in sizes})
+        self.stored = self._listing.look(lease, whole=True)
         self._root = folder
         self._fingerprint = fingerprint
         self._lock = lock
+        self._lease = lease
         self._write = write
         self._failed = False
         self._unused: dict[int, list[bytearray]] = {}
@@ -70,44 +83,30 @@ class DiskBlocks:
         self._result = OffloadResult()
         self._arrived: dict[bytes, bytearray] = {}
         self._news = threading.Condition()
-        """Guards the two above."""
+        """Guards the two above and the one below."""
+        self._changes: dict[bytes, int] = {}
+        """Blocks that came or went and their bytes, 0 if they went."""
+        self._closing = threading.Event()
         self._to_write: queue.SimpleQueue[tuple[bytes, bytearray | None] | None] = queue.SimpleQueue()
         """(hash, buffer) is a block to write, (hash, None) a file to remove, None the end."""
         self._to_read: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=work, name=f"quire {work.__name__}", daemon=True)
-            for work in (self._write_files, self._read_files)
+            for work in (self._write_files, self._read_files, self._watch_folder)
         ]
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: bytes, *sizes: int, write: Write = os.write) -> "DiskBlocks | None":
-        """Lock the folder and list its blocks, whose contents have one of `sizes` bytes. None, with a line in the log,
-        if the disk is full or the folder in use.
+        """Join the engines that use the folder and list its blocks, whose contents have one of `sizes` bytes. None,
+        with a line in the log, if the disk is full or an older Quire uses the folder.
 
         Raises `ConfigError` for a folder that cannot be used.
         """
         root = Path(folder).expanduser() / FORMAT
-        try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if root.stat().st_mode & 0o077:
-                root.chmod(0o700)  # it holds KV of users' texts
-            (root / fingerprint.hex()).mkdir(mode=0o700, exist_ok=True)
-            lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                logger.warning("disk tier: cannot begin at %s: %s; running without it", root, error.strerror)
-                return None
-            raise ConfigError(
-                f"disk_cache is {str(folder)!r}, which cannot be used: {error}; give a folder to write in"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            logger.warning("disk tier: another process uses %s; running without it", root)
+        opened = open_folder(folder, root, fingerprint)
+        if opened is None:
             return None
-        store = cls(root, fingerprint, sizes, lock, write)
-        store._list_files()
+        store = cls(root, fingerprint, sizes, *opened, write)
         for thread in store._threads:
             thread.start()
         return store
@@ -150,8 +149,17 @@ class DiskBlocks:
             result, self._result = self._result, OffloadResult(stopped=self._result.stopped)
             return result
 
+    def take_changes(self) -> Sequence[tuple[bytes, int]]:
+        """What came and went since the last call, also by this engine: (key, bytes), 0 bytes for what went."""
+        if not self._changes:
+            return ()
+        with self._news:
+            changes, self._changes = self._changes, {}
+        return tuple(changes.items())
+
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Write the queued blocks, for at most `seconds`, and unlock the folder."""
+        """Write the queued blocks, for at most `seconds`, and leave the folder."""
+        self._closing.set()
         self._to_write.put(None)
         self._to_read.put(None)
         deadline = time.monotonic() + seconds
@@ -161,6 +169,8 @@ class DiskBlocks:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+            with contextlib.suppress(OSError):
+                self._lease.release()
 
     # -- the threads' side --------------------------------------------------------------------------------------------
 
@@ -181,6 +191,8 @@ class DiskBlocks:
                 try:
                     self._write_file(block_hash, buffer)
                     stored = True
+                except FileNotFoundError:
+                    pass  # this process stood still for so long that another engine took it for gone
                 except OSError as error:
                     self._failed = True
                     logger.warning(
@@ -198,7 +210,7 @@ class DiskBlocks:
         fields = (_MAGIC, self._fingerprint, block_hash, len(content))
         _HEADER.pack_into(buffer, 0, *fields, self._digest(block_hash, content))
         path = self._path(block_hash)
-        unfinished = path.with_suffix(_UNFINISHED)
+        unfinished = path.with_suffix(f".{self._lease.name}{UNFINISHED}")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -262,33 +274,20 @@ class DiskBlocks:
         digest.update(content)
         return digest.digest()
 
-    # -- at start -----------------------------------------------------------------------------------------------------
-
-    def _list_files(self) -> None:
-        """Fill `stored`. Removes unfinished and truncated files of an earlier process."""
-        found: list[tuple[int, bytes, int]] = []
-        mine = self._fingerprint.hex()
-        for model in os.scandir(self._root):
-            if not _is_hex(model.name, FINGERPRINT_BYTES) or not model.is_dir(follow_symlinks=False):
-                continue
-            for group in os.scandir(model):
-                for file in os.scandir(group) if group.is_dir(follow_symlinks=False) else ():
-                    if file.name.endswith(_UNFINISHED):
-                        os.unlink(file)
-                    elif _is_hex(file.name, HASH_BYTES):
-                        status = file.stat(follow_symlinks=False)
-                        key = bytes.fromhex(file.name)
-                        if model.name != mine:
-                            key = bytes.fromhex(model.name) + key
-                        elif status.st_size - HEADER_BYTES not in self._sizes:
-                            logger.warning("disk tier: %s has %d bytes; removed", file.path, status.st_size)
-                            os.unlink(file)
-                            continue
-                        size = -(-status.st_size // _CLUSTER) * _CLUSTER
-                        found.append((status.st_mtime_ns, key, size))
-        found.sort()
-        self.stored = [(key, size) for _, key, size in found]
-
-
-def _is_hex(text: str, num_bytes: int) -> bool:
-    return len(text) == 2 * num_bytes and not set(text) - set("0123456789abcdef")
+    def _watch_folder(self) -> None:
+        seconds, failed = _ALONE_SECONDS, False
+        while not self._closing.wait(seconds):
+            started = time.perf_counter()
+            try:
+                came_or_left = self._lease.renew()
+                if came_or_left or self._lease.others:
+                    changes = self._listing.look(self._lease, whole=came_or_left)
+                    with self._news:
+                        self._changes.update(changes)
+                failed = False
+            except OSError as error:
+                if not failed:
+                    logger.warning("disk tier: cannot look at %s: %s", self._root, error.strerror or error)
+                failed = True
+            took = time.perf_counter() - started
+            seconds = max(_LOOK_SECONDS if self._lease.others else _ALONE_SECONDS, _LOOK_SHARE * took)

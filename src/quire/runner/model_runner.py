@@ -32,6 +32,7 @@ from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
 from quire.runner.image_embeddings import ImageEmbeddings
 from quire.runner.input_batch import Int32Array
+from quire.runner.no_sampling import NoSampling
 from quire.runner.recurrence import Recurrence
 from quire.runner.request_rows import RequestRows
 from quire.runner.results import Finish, PendingStep, PromptLogprobs, StepResults, fetch_vectors
@@ -95,12 +96,14 @@ class ModelRunner:
         row = BACKENDS[settings.backend]
         self._plans_selection = row.replans
         results = StepResults(settings.max_model_len)
-        self._host_sampling = HostSampling(
-            Sampler(vocab_size, settings.logprobs_memory, kernels, logits_processors),
-            MaskWorker(vocab_size, num_threads=max(1, settings.num_threads // 2)),
-            results,
-            logits_are_ready=row.float32_activations,
-        )
+        self._host_sampling: HostSampling | NoSampling = NoSampling()
+        if settings.samples:
+            self._host_sampling = HostSampling(
+                Sampler(vocab_size, settings.logprobs_memory, kernels, logits_processors),
+                MaskWorker(vocab_size, num_threads=max(1, settings.num_threads // 2)),
+                results,
+                logits_are_ready=row.float32_activations,
+            )
         device_sampler: DeviceSampler | None = None
         self._device_sampling: DeviceSampling | None = None
         if settings.sample_on_device and not logits_processors:

@@ -23,6 +23,8 @@ class RunnerSettings:
     """Bytes that log-probabilities may take at once."""
     fast_forward: bool = True
     """Add tokens that a grammar forces without running the model."""
+    samples: bool = True
+    """False on a rank that leaves sampling to rank 0."""
     batch_invariant: bool = False
     """No bit of a sequence's logits depends on the other sequences of its step."""
     sample_on_device: bool = False

@@ -55,10 +55,11 @@ class Admission:
         self._max_step_tokens = limits.max_num_batched_tokens
         self._whole_prompts = limits.whole_prompts
 
-    def admit(self, plan: StepPlan, prefilling: list[Sequence], max_step_tokens: int) -> bool:
+    def admit(self, plan: StepPlan, prefilling: list[Sequence], max_step_tokens: int, max_background_rows: int) -> bool:
         """Start waiting groups while their share of the budget is worth having. They get rows and prefix hits.
 
-        The budget is what `plan` leaves of `max_step_tokens`. The leaders of the groups are added to `prefilling`,
+        The budget is what `plan` leaves of `max_step_tokens`. The background gets at most so many rows in all, or one
+        request where none of it runs and it may have any. The leaders of the groups are added to `prefilling`,
         except leaders that wait for a tier. Returns whether any group started.
         """
         started, budget = False, max_step_tokens - plan.num_tokens
@@ -75,7 +76,7 @@ class Admission:
             group = waiting.pop()
             if group is None:
                 break
-            if group.is_background and self._queues.clients_wait:
+            if group.is_background and not self._may_start(group, max_background_rows):
                 waiting.push(group)
                 break
             if self._whole_prompts and prefilling and wanted + group.num_prompt_tokens > budget:
@@ -111,6 +112,10 @@ class Admission:
         for group in postponed:
             waiting.push(group)
         return started
+
+    def _may_start(self, group: SequenceGroup, max_background_rows: int) -> bool:
+        num_rows = self._queues.num_background_rows
+        return num_rows + group.num_rows <= max_background_rows or (max_background_rows > 0 and not num_rows)
 
     def resume(self, plan: StepPlan, resuming: list[Sequence], prefilling: list[Sequence]) -> bool:
         """Let preempted sequences of running groups start from the cached part of their output.

@@ -185,7 +185,12 @@ class BlockOffload:
         return list(groups.values())
 
     def begin(self) -> list[tuple[Sequence, dict[str, int]]]:
-        """Begin a plan with the finished reads. Returns (sequence, tokens by origin) of sequences that stop waiting."""
+        """Begin a plan with what other engines stored, and with the finished reads.
+
+        Returns (sequence, tokens by origin) of sequences that stop waiting.
+        """
+        if self._disk is not None:
+            self._disk.follow()
         for block_hash, sequence in self._finished_reads.items():
             if sequence is None:
                 self._storing.plan.cancelled.append(block_hash)

@@ -19,6 +19,8 @@ class SchedulerLimits:
     """A prompt is computed in one step or not at all."""
     max_pinned_share: float = 0.5
     """Share of the pool that registered prefixes may hold."""
+    background_delay: float = 0.15
+    """Share of a client's time to its first token by which one step of the background may delay it."""
     max_kept_image_tokens: int = 0
     """Tokens of images whose embeddings the runner keeps; 0: the model reads no images."""
     max_step_image_tokens: int = 0

@@ -98,7 +98,7 @@ def make_parts(
             watermark=watermark,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-    images, pace = ImageEncoding(limits), BackgroundPace(clock)
+    images, pace = ImageEncoding(limits), BackgroundPace(clock, limits.background_delay)
     return SchedulerParts(
         totals=totals,
         prefixes=prefixes,

@@ -44,7 +44,7 @@ class PrefixLookup:
         self._offload = offload
         self._states = states
         self._search = None if states is None else StateSearch(pool, states, offload)
-        self._history = PrefixHistory(pool.block_size, clock)
+        self._history = PrefixHistory(pool.block_size, clock, pool.num_blocks)
         pool.eviction_listeners.append(self._note_eviction)
 
     # -- finding ------------------------------------------------------------------------------------------------------

@@ -69,9 +69,14 @@ class RequestQueues:
         return any(group.awaits_first_token for group in self.by_id.values())
 
     @property
-    def only_background_waits(self) -> bool:
-        """Whether the background may run, and is there."""
-        return bool(self.num_background) and not self.clients_wait
+    def num_background_rows(self) -> int:
+        """Rows of running requests of the background."""
+        num_rows = 0
+        for group in reversed(self.running):
+            if not group.is_background:
+                break
+            num_rows += group.num_rows
+        return num_rows
 
     def start(self, group: SequenceGroup) -> None:
         """Run a group that was taken from `waiting`: it gets its rows."""

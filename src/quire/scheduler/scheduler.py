@@ -298,6 +298,16 @@ class Scheduler:
             plan.num_scheduled_tokens if self._drafting is None else self._drafting.roll_back_rejected(plan, result)
         )
         fills_decode_batch = self._drafting is None or self._drafting.allows_decode_batch
+        self._note_first_tokens(plan, step, now)
         return self._results.process(
             plan, result, step, num_kept, len(self._in_flight), fills_decode_batch=fills_decode_batch
         )
+
+    def _note_first_tokens(self, plan: StepPlan, step: StepInFlight, now: float) -> None:
+        first = 0 if step.decode_step is None else len(step.decode_step.sequences)
+        for index, row in zip(plan.sample_indices[first:], plan.sample_rows[first:], strict=True):
+            sequence = step.rows[row]
+            if sequence is not None and not sequence.group.is_background:
+                end = plan.num_computed_tokens[index] + plan.num_scheduled_tokens[index]
+                if end == sequence.group.num_prompt_tokens:
+                    self._parts.pace.note_first_token(now - sequence.group.first_scheduled_time)

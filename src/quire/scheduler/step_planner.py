@@ -67,16 +67,22 @@ class StepPlanner:
             self._drafting.prepare()
         # Sequences that wait for a tier, or that are ending; never both.
         excluded = offload.waiting if offload is not None else ending
+        clients_wait = queues.clients_wait
+        paced = bool(queues.num_background) and not (clients_wait or self._whole_prompts)
+        background_rows = 0 if clients_wait else len(queues.rows)
         if may_preempt:
-            self._stop_background()
-        paced = queues.only_background_waits and not self._whole_prompts
+            self._stop_background(self._pace.most_rows(background_rows) if paced else background_rows)
+        if paced:
+            background_rows = self._pace.num_rows(background_rows)
         limit = max_tokens
         while True:
             preempted = self._make_room(excluded) if may_preempt else False
             decode_step, prefilling = self._plan_decoding(plan, excluded)
             num_decoding = len(plan.rows)
+            num_rows = 0
             if paced:
-                limit = num_decoding + self._pace.bound(max_tokens - num_decoding)
+                num_rows = queues.num_background_rows - sum(sequence.group.is_background for sequence in prefilling)
+                limit = num_decoding + self._pace.num_prompt_tokens(max_tokens - num_decoding, num_rows)
             resuming = [sequence for sequence in prefilling if sequence.group.looks_for_blocks(sequence)]
             if resuming:
                 prefilling = [sequence for sequence in prefilling if not sequence.group.looks_for_blocks(sequence)]
@@ -84,7 +90,7 @@ class StepPlanner:
             if not preempted and resuming:
                 started = self._admission.resume(plan, resuming, prefilling)
             if not preempted and len(queues.waiting):
-                started = self._admission.admit(plan, prefilling, limit) or started
+                started = self._admission.admit(plan, prefilling, limit, background_rows) or started
             if prefilling:
                 self._plan_prefilling(plan, prefilling, limit - plan.num_tokens)
             if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
@@ -94,20 +100,26 @@ class StepPlanner:
             if not started:
                 # Prompts hold all blocks and none can go on: the last one makes room for the others.
                 queues.preempt(queues.running[-1])
-        if paced and plan.num_tokens > num_decoding:
-            self._pace.begin(plan.num_tokens - num_decoding)
+        if paced:
+            self._pace.begin(plan.num_tokens - num_decoding, num_rows)
         plan.batch_id = self._batch_ids.of(plan, decode_step, num_decoding)
         self._images.finish(plan)
         return decode_step
 
-    def _stop_background(self) -> None:
-        """Preempt requests of the background while a client waits for a first token. They resume from the cache."""
+    def _stop_background(self, most_rows: int) -> None:
+        """Preempt requests of the background that have more rows than `most_rows`. They resume from the cache; without
+        one they would begin again and again, and perhaps never end."""
         queues = self._queues
-        if not (queues.running and queues.running[-1].is_background and self._pool.enable_prefix_caching):
-            return  # without a cache they would begin again and again, and perhaps never end
-        if queues.clients_wait:
-            while queues.running and queues.running[-1].is_background:
-                queues.preempt(queues.running[-1])
+        if not (queues.num_background and self._pool.enable_prefix_caching):
+            return
+        num_groups, num_rows = 0, 0
+        for group in reversed(queues.running):
+            if not group.is_background:
+                break
+            num_groups, num_rows = num_groups + 1, num_rows + group.num_rows
+        while num_groups and num_rows > most_rows and (num_groups > 1 or not most_rows):
+            num_groups, num_rows = num_groups - 1, num_rows - queues.running[-1].num_rows
+            queues.preempt(queues.running[-1])
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,13 @@ file: renderer and handler.
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from quire import __version__
 from quire.errors import EngineUnavailableError, RequestError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.adapters import find_adapter
@@ -23,7 +25,7 @@ from quire.server.generation import Generation, UsageCounter, sample_error
 from quire.server.handover import MOVED, STREAM_HEADER, PromptBlocks, block_hashes, mark
 from quire.server.protocol import StreamOptions
 from quire.server.replies import Usage
-from quire.server.streaming import DONE, EVENT_STREAM, StreamForm
+from quire.server.streaming import DONE, EVENT_STREAM, DirectWriter, StreamForm
 from quire.server.tools.events import Event, Message, PlainReader, Reader, TextDelta, ToolCallBegin
 
 _encode = msgspec.json.Encoder().encode
@@ -161,7 +163,10 @@ class Answer:
         adapter = await find_adapter(engine, scheduling.adapter)
         digest = adapter.digest if adapter is not None else ""
         hashes = block_hashes(prompts[0], engine.block_size, scheduling.cache_salt, digest)
-        return PromptBlocks(engine.model_names[0], engine.block_size, sum(map(len, prompts)), hashes)
+        num_tokens = sum(map(len, prompts))
+        return PromptBlocks(
+            engine.model_names[0], engine.block_size, num_tokens, hashes, self.generation.content(digest), __version__
+        )
 
     def stream_form(self, *, marked: bool) -> StreamForm:
         """How the answer's stream is written; `marked` for a router that knows marks."""
@@ -179,25 +184,25 @@ class Answer:
         """The events for the client of `context`, or for the router, which wants them marked and goes on where another
         server stopped."""
         if context.handover is None:
-            return self.events(context.engine)
+            return self.events(context.engine, direct=context.direct)
         self.generation = replace(self.generation, progress=context.handover.progress)
-        return self.events(context.engine, marked=True)
+        return self.events(context.engine, marked=True, direct=context.direct)
 
-    async def events(self, engine: Engine, *, marked: bool = False) -> AsyncGenerator[bytes, None]:
+    async def events(
+        self, engine: Engine, *, marked: bool = False, direct: DirectWriter | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; events of one step of the engine come as one item. With `marked` a mark
-        follows each item but the last: the last steps of an answer count only with its end."""
+        follows each item but the last: the last steps of an answer count only with its end. Items that `direct` can
+        write at once are not yielded."""
         replayed = {choice // self.generation.params.n for choice in self.generation.progress}
-        async with aclosing(self.generation.run(engine)) as outputs:
+        tap = None if direct is None else partial(self._write_now, direct, marked)
+        async with aclosing(self.generation.run(engine, tap)) as outputs:
             async for prompt_index, output in outputs:
-                self.usage.add(prompt_index, output)
-                events = self._events(prompt_index, output)
+                item = self._item(prompt_index, output, marked)
                 if prompt_index in replayed:  # the first output of the prompt, which the client has
                     replayed.remove(prompt_index)
-                    continue
-                if marked and self._num_finished < self.generation.num_choices:
-                    events.append(mark([(self._index(prompt_index, delta), delta) for delta in output.outputs]))
-                if events:
-                    yield b"".join(events)
+                elif item:
+                    yield item
         self._count_reasoning()
         if last := self.renderer.ending(self._choices.values(), self.usage):
             yield b"".join(last)
@@ -217,6 +222,22 @@ class Answer:
         if all(choice.sample.finish_reason == "error" for choice in choices):
             raise sample_error(choices[0].sample)
         return self.renderer.whole(choices, self.usage)
+
+    def _write_now(self, direct: DirectWriter, marked: bool, output: RequestOutput) -> bool:
+        """A tap that writes an item to the client's connection, if that has room."""
+        if not direct.ready:
+            return False
+        if item := self._item(0, output, marked):
+            direct.write(item)
+        return True
+
+    def _item(self, prompt_index: int, output: RequestOutput, marked: bool) -> bytes:
+        """The events of one output."""
+        self.usage.add(prompt_index, output)
+        events = self._events(prompt_index, output)
+        if marked and self._num_finished < self.generation.num_choices:
+            events.append(mark([(self._index(prompt_index, delta), delta) for delta in output.outputs]))
+        return b"".join(events)
 
     def _events(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
         events: list[bytes] = []

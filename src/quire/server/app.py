@@ -153,9 +153,9 @@ class _Bound:
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = scope["state"]["client"]
+        client, queues = scope["state"]["client"], self.endpoint.queues
         await self.endpoint.handle(
-            RequestContext(self._engine, self._settings, scope, receive, send, client, self._services)
+            RequestContext(self._engine, self._settings, scope, receive, send, client, self._services, queues)
         )
 
 

@@ -9,9 +9,10 @@ from quire.engine.input_processor import Prompt
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
+from quire.engine.request_streams import Tap
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError
+from quire.errors import EngineUnavailableError, QueueFullError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
@@ -66,6 +67,10 @@ class Engine(Protocol):
     def block_size(self) -> int: ...
     @property
     def max_queue_size(self) -> int: ...
+    def queue_refusal(self, tenant: str | None) -> QueueFullError | None:
+        """Why a request of `tenant` (None: not known yet) would be refused for the queue's length, if it would."""
+        ...
+
     @property
     def default_params(self) -> Mapping[str, Any]: ...
     @property
@@ -89,6 +94,7 @@ class Engine(Protocol):
         workload: str = "",
         adapter: Adapter | None = None,
         timeout: float | None = None,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(

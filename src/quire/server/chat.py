@@ -193,5 +193,6 @@ ENDPOINTS = (
         ChatCompletionRequest,
         ChatCompletion,
         streams=True,
+        queues=True,
     ),
 )

@@ -213,5 +213,6 @@ ENDPOINTS = (
         CompletionRequest,
         Completion,
         streams=True,
+        queues=True,
     ),
 )

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from quire.server.errors import error_body
 from quire.server.limits import headers_too_large
 from quire.server.settings import ServerSettings
+from quire.server.streaming import DIRECT
 
 _LINGER_SECONDS = 1.0
 _OVERHEAD_PER_BYTE = 8
@@ -72,6 +73,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self._offers_upgrade:
             self._overhead = 0
             super().on_headers_complete()
+            self.scope["extensions"] = {DIRECT: CycleWriter(self.cycle)}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._header_timer is not None:  # else it is a trailer, which nobody reads
@@ -133,6 +135,26 @@ class LimitedProtocol(HttpToolsProtocol):
         # Closing while the client still sends would reset the connection and lose the response. Drop what it sends.
         self._refused = True
         self.loop.call_later(_LINGER_SECONDS, self._give_up)
+
+
+class CycleWriter:
+    """The `DirectWriter` of one response."""
+
+    __slots__ = ("_cycle", "_flow", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._write = cycle.transport.write
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        begun = cycle.chunked_encoding  # None before the headers are written
+        return bool(begun) and not (self._flow.write_paused or cycle.disconnected or cycle.response_complete)
+
+    def write(self, data: bytes) -> None:
+        self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 def limited_protocol(settings: ServerSettings) -> type[Any]:

@@ -25,7 +25,7 @@ from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
-from quire.server.streaming import StreamForm, send_events, while_connected
+from quire.server.streaming import DIRECT, DirectWriter, StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
@@ -51,6 +51,8 @@ class RequestContext:
     send: Send
     client: Client
     services: Services
+    queues: bool = False
+    """The request will wait in the engine's queue."""
 
     def for_vectors(self) -> "RequestContext":
         """The same request with the engine that makes vectors, which may be another than the one that generates."""
@@ -67,6 +69,8 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
+        if self.queues and not self.asks_for_prompt:
+            self.services.door.check(self.engine, self.client.account or None)
         given = dict(self.scope["headers"]).get(STREAM_HEADER)
         if given is not None:
             handover = Handover.from_header(given)
@@ -133,6 +137,12 @@ class RequestContext:
     async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
         """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
         await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
+
+    @property
+    def direct(self) -> DirectWriter | None:
+        """A way past ASGI for events; None where something else serves the application than this package."""
+        writer: DirectWriter | None = self.scope.get("extensions", {}).get(DIRECT)
+        return writer
 
     @property
     def path_params(self) -> Mapping[str, str]:
@@ -251,4 +261,6 @@ class Endpoint:
     stream_type: str = "text/event-stream"
     public: bool = False
     """Needs no API key."""
+    queues: bool = False
+    """Its requests wait in the engine's queue."""
     errors: ErrorForm = OPENAI_ERRORS

@@ -5,8 +5,12 @@ from asyncio import Queue, Task
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+import msgspec
 
 from quire.engine.metrics import Metrics
+from quire.engine.request_streams import Tap
 from quire.errors import EngineUnavailableError
 from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
@@ -47,14 +51,23 @@ class Generation:
     def num_choices(self) -> int:
         return len(self.prompts) * self.params.n
 
-    async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    def content(self, adapter: str) -> bytes:
+        """A digest of the prompts and parameters, without the seed and the client; `adapter` is the adapter's."""
+        params = self.params.with_changes(seed=None)
+        images = [getattr(prompt, "inputs", ()) for prompt in self.prompts]
+        return blake2b(msgspec.msgpack.encode((self.prompts, params, adapter, images)), digest_size=16).digest()
+
+    async def run(self, engine: Engine, tap: Tap | None = None) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield (index of the prompt, its new output). Raises the refusals of API key and engine, and the error of a
-        sample that failed if it is the only one: among several it ends alone, with its error."""
+        sample that failed if it is the only one: among several it ends alone, with its error. With one prompt, `tap` is
+        offered the outputs in which no sample ends."""
         params = await self._with_bad_words(engine)
         adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
-            streams = [self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))]
+            tap = tap if len(self.prompts) == 1 else None
+            prompts = range(len(self.prompts))
+            streams = [self._generate(engine, index, params, adapter, admission, tap) for index in prompts]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
                 with naming(self.sent_names):
                     async for index, output in items:
@@ -76,9 +89,16 @@ class Generation:
         return {choice - first: sample for choice, sample in self.progress.items() if 0 <= choice - first < n}
 
     async def _generate(
-        self, engine: Engine, index: int, params: SamplingParams, adapter: Adapter | None, admission: Admission
+        self,
+        engine: Engine,
+        index: int,
+        params: SamplingParams,
+        adapter: Adapter | None,
+        admission: Admission,
+        tap: Tap | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         progress = self._progress_of(index)
+        watch = RequestWatch(engine.metrics, self.params)
         outputs = engine.generate(
             BegunPrompt(self.prompts[index], progress) if progress else self.prompts[index],
             params,
@@ -88,8 +108,8 @@ class Generation:
             workload=self.scheduling.workload,
             adapter=adapter,
             timeout=self.timeout,
+            tap=None if tap is None else _noting(tap, watch, admission),
         )
-        watch = RequestWatch(engine.metrics, self.params)
         span = None if self.scheduling.trace is None else self.scheduling.trace.begin()
         prompt_logprobs: list[PositionLogprobs | None] | None = None
         try:
@@ -109,6 +129,21 @@ class Generation:
                 span.end(watch.answer(len(self.prompts[index])))
             # A dropped async generator is closed some time later, and its request would run on until then.
             await outputs.aclose()
+
+
+def _noting(tap: Tap, watch: "RequestWatch", admission: Admission) -> Tap:
+    """`tap` for outputs in which no sample ends; what it takes is counted."""
+
+    def take(output: RequestOutput) -> bool:
+        for sample in output.outputs:
+            if sample.finish_reason is not None:
+                return False
+        if not tap(output):
+            return False
+        admission.note_tokens(watch.note(output))
+        return True
+
+    return take
 
 
 @dataclass(slots=True)

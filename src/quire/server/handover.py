@@ -45,6 +45,10 @@ class PromptBlocks(msgspec.Struct):
     """Tokens of all prompts of the request."""
     hashes: bytes
     """Hashes of the full blocks of the first prompt, `HASH_BYTES` each."""
+    content: bytes = b""
+    """A digest of prompts and parameters, without the seed and the client."""
+    version: str = ""
+    """Version of the server: another one may continue a stream with other tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,13 @@ async def infill(context: RequestContext) -> None:
 
 ENDPOINTS = (
     Endpoint(
-        "POST", "/infill", infill, "The text between a prefix and a suffix", InfillRequest, Infilled, streams=True
+        "POST",
+        "/infill",
+        infill,
+        "The text between a prefix and a suffix",
+        InfillRequest,
+        Infilled,
+        streams=True,
+        queues=True,
     ),
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from quire.server.door import Door
 from quire.server.field_warnings import FieldWarnings
 from quire.server.key_use import KeyRing
 from quire.server.media_fetch import MediaFetcher
@@ -22,6 +23,7 @@ class Services:
     """None: nothing is traced."""
     runs: BackgroundRuns = field(default_factory=BackgroundRuns)
     warnings: FieldWarnings = field(default_factory=FieldWarnings)
+    door: Door = field(default_factory=Door)
 
     @classmethod
     def open(cls, settings: ServerSettings, keys: KeyRing, traces: Traces | None = None) -> "Services":

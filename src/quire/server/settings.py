@@ -4,8 +4,8 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 
-from quire.config import parse_size
 from quire.errors import ConfigError
+from quire.option_values import parse_size
 from quire.server.api_keys import ApiKey, plain_keys, read_key_lines, read_keys
 from quire.server.tools.detect import check_parser_names
 

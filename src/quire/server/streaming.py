@@ -10,7 +10,7 @@ from asyncio import AbstractEventLoop, Task, TimerHandle
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.types import Receive, Send
 
@@ -21,6 +21,7 @@ from quire.server.limits import ClientGoneError
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+DIRECT = "quire.direct"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 PING_SECONDS = 15.0
 """Silence after which a stream that has pings sends one. Proxies close connections that are silent for a minute."""
@@ -29,6 +30,19 @@ _HEADERS = [
     # Without it nginx holds events back.
     (b"x-accel-buffering", b"no"),
 ]
+
+
+class DirectWriter(Protocol):
+    """Writes to the connection of a stream past ASGI, without a switch of tasks: the extension `DIRECT` of a scope."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the stream has begun and not ended, and the connection has room."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body; only while `ready`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

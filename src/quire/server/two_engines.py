@@ -5,28 +5,20 @@ leaves the stream of tokens at least as many cores as it takes itself.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.async_engine import AsyncLLM
-from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
-from quire.engine.memory_questions import MemoryQuestions
-from quire.engine.metrics import Metrics
-from quire.engine.pool_views import PoolViews
-from quire.engine.text_prompts import TextPrompts
-from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError, EngineUnavailableError
-from quire.lora.registry import AdapterRegistry
-from quire.model_config import ModelConfig
-from quire.outputs import MemoryReport, RequestOutput
+from quire.outputs import RequestOutput
 from quire.request import BegunPrompt
 from quire.sampling_params import SamplingParams
-from quire.server.backend import ChatRenderer
+from quire.server.first_engine import FirstEngine
 
 
-class TwoEngines:
+class TwoEngines(FirstEngine):
     """Implements `quire.server.backend.Engine`: the first engine, whose `vectors` is the second."""
 
     def __init__(self, first: AsyncLLM, second: AsyncLLM) -> None:
@@ -35,10 +27,9 @@ class TwoEngines:
             raise ConfigError(
                 f"embedding_model and model are both served as {min(shared)!r}; give one another served_model_name"
             )
-        self._first = first
-        self.vectors = second
         first.other_names, second.other_names = second.model_names, first.model_names
-        self.other_names: Sequence[str] = second.model_names
+        super().__init__(first)
+        self.vectors = second
 
     @property
     def state(self) -> str:
@@ -53,62 +44,6 @@ class TwoEngines:
     def outage(self) -> EngineUnavailableError | None:
         return self._first.outage
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self._first.tokenizer
-
-    @property
-    def chat_template(self) -> ChatRenderer | None:
-        return self._first.chat_template
-
-    @property
-    def images(self) -> ImageSupport | None:
-        return self._first.images
-
-    @property
-    def model_names(self) -> list[str]:
-        return self._first.model_names
-
-    @property
-    def adapters(self) -> AdapterRegistry:
-        return self._first.adapters
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self._first.model_config
-
-    @property
-    def block_size(self) -> int:
-        return self._first.block_size
-
-    @property
-    def max_model_len(self) -> int:
-        return self._first.max_model_len
-
-    @property
-    def max_queue_size(self) -> int:
-        return self._first.max_queue_size
-
-    @property
-    def default_params(self) -> Mapping[str, Any]:
-        return self._first.default_params
-
-    @property
-    def text_prompts(self) -> TextPrompts:
-        return self._first.text_prompts
-
-    @property
-    def metrics(self) -> Metrics:
-        return self._first.metrics
-
-    @property
-    def questions(self) -> MemoryQuestions:
-        return self._first.questions
-
-    @property
-    def views(self) -> PoolViews:
-        return self._first.views
-
     def generate(
         self, prompt: str | list[int] | BegunPrompt, params: SamplingParams, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -121,9 +56,6 @@ class TwoEngines:
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         return await self._first.register_prefix(prefix, salts)
-
-    async def memory_report(self) -> MemoryReport:
-        return await self._first.memory_report()
 
     async def start(self) -> None:
         """Start both; the second plans with the memory that the first leaves."""

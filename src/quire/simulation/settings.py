@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from quire import config
-from quire.config import parse_size
 from quire.errors import ConfigError
+from quire.option_values import parse_size
 
 POLICIES = ("paged", "orca-max", "orca-pow2", "orca-oracle", "fastertransformer")
 SCHEDULING_POLICIES = (*config.SCHEDULING_POLICIES, "oracle-shortest")

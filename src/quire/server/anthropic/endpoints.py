@@ -65,6 +65,7 @@ ENDPOINTS = (
         MessagesRequest,
         AnthropicMessage,
         streams=True,
+        queues=True,
         errors=ERRORS,
     ),
     Endpoint(

@@ -269,7 +269,14 @@ def _failure(error: RequestError) -> bytes:
 
 ENDPOINTS = (
     Endpoint(
-        "POST", "/v1/responses", create_response, "A response to items", ResponsesRequest, ResponseObject, streams=True
+        "POST",
+        "/v1/responses",
+        create_response,
+        "A response to items",
+        ResponsesRequest,
+        ResponseObject,
+        streams=True,
+        queues=True,
     ),
     Endpoint(
         "GET", "/v1/responses/{response_id}", get_response, "A stored response", reply=ResponseObject, streams=True

@@ -1,0 +1,44 @@
+"""Ranks: the processes that hold one model together, and what layers need of the others: sums and other columns."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A rank that dies is seen at once; this bounds one that stands still where no watchdog looks."""
+
+
+class Ranks:
+    """This process's rank among `size`. A group of its own is used, so several models can live in one process."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._group: dist.ProcessGroup | None = None
+
+    def connect(self, meeting_file: Path, device: torch.device) -> None:
+        """Meet the other ranks. All wait for each other here. NCCL joins cards, gloo everything else."""
+        store = dist.FileStore(str(meeting_file), self.size)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            options = dist.ProcessGroupNCCL.Options()
+            self._group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, self.rank, self.size, COLLECTIVE_TIMEOUT)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' tensors of one shape, in place; the same bits on all ranks."""
+        assert self._group is not None, "ranks compute after they have met"
+        self._group.allreduce([x]).wait()
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [R, N] of every rank -> [R, size * N], the ranks' columns side by side."""
+        assert self._group is not None, "ranks compute after they have met"
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._group.allgather([parts], [x]).wait()
+        return torch.cat(parts, dim=1)
