@@ -1,7 +1,7 @@
 """RowMarks: stand-ins for the matrices of dense layers, from which can be read what a packed weight is made of.
 
 A stand-in has the shape of its matrix and a number of its own in every row. Families select, reorder and join rows;
-the numbers that arrive where a weight is packed say which rows of which layers they were.
+the numbers that arrive where a weight is packed say from which layers and rows it is made.
 """
 
 import json
