@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF: the published ids of five tokenizers, read back from the keys that llama.cpp reads."""
+"""Tokenizers in GGUF: the published ids of tokenizers of three kinds, read back from the keys that llama.cpp reads."""
 
 import json
 import lzma
@@ -18,10 +18,8 @@ from quire.model_config import ModelConfig
 DATA = Path(__file__).parents[1] / "data" / "tokenizers"
 KINDS = {
     "gpt2": ("gpt2", "gpt-2"),
-    "qwen2.5": ("gpt2", "qwen2"),
     "llama3-style-4k": ("gpt2", "llama-bpe"),
     "mistral-v1": ("llama", None),
-    "mistral-v3": ("llama", None),
 }
 
 

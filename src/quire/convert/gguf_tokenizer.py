@@ -42,7 +42,8 @@ def tokenizer_metadata(config: ModelConfig, source: Path) -> dict[str, Value]:
     name for."""
     if find_tokenizer_file(source) is None:
         return {}
-    text = Tokenizer.from_folder(source).to_json()
+    tokenizer = Tokenizer.from_folder(source)
+    text = tokenizer.to_json()
     state, settings = json.loads(text), read_settings(source)
     model = state["model"]
     if model["type"] != "BPE":
@@ -66,7 +67,7 @@ def tokenizer_metadata(config: ModelConfig, source: Path) -> dict[str, Value]:
     values |= {
         f"tokenizer.ggml.{key}_token_id": index[named[name]] for name, key in _NAMED.items() if named.get(name) in index
     }
-    values |= _ends(config, source)
+    values |= _ends(config, tokenizer)
     return values | {
         "tokenizer.chat_template" + ("" if name == "default" else f".{name}"): template
         for name, template in read_sources(source)[0].items()
@@ -127,9 +128,8 @@ def _cut_of(text: str, source: Path) -> str:
     return "default"
 
 
-def _ends(config: ModelConfig, source: Path) -> dict[str, Value]:
+def _ends(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Value]:
     """Whether texts begin with the first token, and the end tokens that no name has."""
-    tokenizer = Tokenizer.from_folder(source)
     plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     values: dict[str, Value] = {
         "tokenizer.ggml.add_bos_token": len(full) > len(plain) and full[-len(plain) :] == plain,
