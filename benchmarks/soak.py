@@ -4,13 +4,14 @@ began.
     python -m benchmarks.soak --requests 100000 --disconnects 10000 --silent 500
 
 Resident memory is read all the time: it may not grow over the second half of the requests, and must come back after a
-peak of large requests. Descriptors and KV blocks in use are compared before and after. At the end the server gets
-SIGTERM while 200 clients read streams, and every stream must come to its end.
+peak of large requests. Descriptors, threads and KV blocks in use are compared before and after. At the end the server
+gets SIGTERM while 200 clients read streams, and every stream must come to its end.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -19,6 +20,8 @@ import time
 import urllib.request
 from asyncio.subprocess import Process
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ READINGS = 100
 """Readings of the memory while the requests run."""
 LARGE_BODY = 3_500_000
 """Characters of a prompt at the peak."""
+MORE_THREADS = min(32, 4 + (os.cpu_count() or 1))
+"""Threads that asyncio starts when they are first needed, and keeps."""
 WORDS = ("ROMEO:", "First Citizen:", "What say you?", "To be, or not", "O", "the king is dead")
 
 
@@ -41,6 +46,7 @@ class Reading:
     rss: dict[str, int]
     """Bytes by role: api, engine, and the other processes together."""
     descriptors: int
+    threads: int
     used_blocks: int
     running: int
 
@@ -83,7 +89,8 @@ def read(pid: int, url: str) -> Reading:
         return int(float(found[1])) if found else -1
 
     descriptors = sum(len(list(Path(f"/proc/{each}/fd").iterdir())) for each in processes(pid))
-    return Reading(resident(pid), descriptors, gauge("num_used_kv_blocks"), gauge("num_requests_running"))
+    threads = sum(len(list(Path(f"/proc/{each}/task").iterdir())) for each in processes(pid))
+    return Reading(resident(pid), descriptors, threads, gauge("num_used_kv_blocks"), gauge("num_requests_running"))
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -271,9 +278,12 @@ async def soak(
         await request(port, *constrained("x")[:2])  # starts the process that checks grammars
         await many(warm, 16, port)
         before = await _settled(server.pid, url)
-        await watched(requests, 16, server, port, wrong)
-        await leave(disconnects, 50, port)
-        await silent(num_silent, port, silent_seconds)
+        with timed(f"{requests} requests"):
+            await watched(requests, 16, server, port, wrong)
+        with timed(f"{disconnects} disconnects"):
+            await leave(disconnects, 50, port)
+        with timed(f"{num_silent} clients that never read"):
+            await silent(num_silent, port, silent_seconds)
         try:
             after = await _settled(server.pid, url)
         except TimeoutError:
@@ -290,7 +300,17 @@ async def soak(
         wrong.append(f"{after.used_blocks} blocks and {after.running} requests are left")
     if after.descriptors > before.descriptors:
         wrong.append(f"{after.descriptors} descriptors, {before.descriptors} before")
+    if after.threads > before.threads + MORE_THREADS:
+        wrong.append(f"{after.threads} threads, {before.threads} before")
     return wrong
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long the body took."""
+    begin = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
 async def _discard(reader: asyncio.StreamReader) -> None:

@@ -79,14 +79,30 @@ struct Routing {
     }
 };
 
-// Rows of all pairs as the product of floats reads them, and that product. T is how weights are stored.
-template <class T>
-struct FloatPairs {
+// Rows of all pairs as a product of floats reads them.
+struct RowsOfFloats {
     static constexpr int64_t kTileRows = kMaxRows;
     static constexpr bool kWholePanels = false;
     float* inputs;  // [pairs, the larger k]
 
-    FloatPairs(const Experts& a, Area& area) : inputs(area.take<float>(a.tokens * a.num_active * max_of(a.gate_up.k, a.down.k))) {}
+    RowsOfFloats(const Experts& a, Area& area) : inputs(area.take<float>(a.tokens * a.num_active * max_of(a.gate_up.k, a.down.k))) {}
+
+    static Linear product_of(const ExpertLinear& layer, const ExpertRun& run, float* out) {
+        Linear a{};
+        a.bias = layer.bias ? layer.bias + run.expert * layer.n : nullptr;
+        a.out = out + run.first * layer.n;
+        a.m = run.count;
+        a.n = layer.n;
+        a.k = layer.k;
+        return a;
+    }
+    static int64_t num_tiles(const ExpertRun& run) { return (run.count + kTileRows - 1) / kTileRows; }
+};
+
+// The product of floats. T is how weights are stored.
+template <class T>
+struct FloatPairs : RowsOfFloats {
+    using RowsOfFloats::RowsOfFloats;
 
     // A single row lies as the micro-kernel reads it.
     void prepare(const ExpertLinear& layer, const PairTile& tile, const float* const* rows, int64_t) const {
@@ -97,15 +113,9 @@ struct FloatPairs {
 
     void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end,
                   int64_t) const {
-        Linear a{};
+        Linear a = product_of(layer, run, out);
         a.weight = layer.weight + run.expert * layer.weight_bytes;
-        a.bias = layer.bias ? layer.bias + run.expert * layer.n : nullptr;
-        a.out = out + run.first * layer.n;
-        a.m = run.count;
-        a.n = layer.n;
-        a.k = layer.k;
-        const int64_t num_tiles = (run.count + kTileRows - 1) / kTileRows;
-        multiply_tiles<T>(a, inputs + run.first * layer.k, num_tiles, 0, num_tiles, vector, vector_end);
+        multiply_tiles<T>(a, inputs + run.first * layer.k, num_tiles(run), 0, num_tiles(run), vector, vector_end);
     }
 };
 
@@ -155,12 +165,8 @@ struct BytePairs {
 };
 
 // The same with codes of few bits.
-struct CodedPairs {
-    static constexpr int64_t kTileRows = kMaxRows;
-    static constexpr bool kWholePanels = false;
-    float* inputs;  // [pairs, the larger k]
-
-    CodedPairs(const Experts& a, Area& area) : inputs(area.take<float>(a.tokens * a.num_active * max_of(a.gate_up.k, a.down.k))) {}
+struct CodedPairs : RowsOfFloats {
+    using RowsOfFloats::RowsOfFloats;
 
     void prepare(const ExpertLinear& layer, const PairTile& tile, const float* const* rows, int64_t) const {
         float* const to = inputs + tile.first * layer.k;
@@ -172,19 +178,13 @@ struct CodedPairs {
 
     void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end,
                   int64_t) const {
-        Linear a{};
-        a.bias = layer.bias ? layer.bias + run.expert * layer.n : nullptr;
-        a.out = out + run.first * layer.n;
-        a.m = run.count;
-        a.n = layer.n;
-        a.k = layer.k;
+        const Linear a = product_of(layer, run, out);
         CodedWeight w = layer.coded;
         const auto of_expert = [&](const void* first) { return static_cast<const char*>(first) + run.expert * layer.scale_bytes; };
         w.codes += run.expert * layer.weight_bytes;
         w.scales = of_expert(w.scales);
         if (w.offsets) w.offsets = of_expert(w.offsets);
-        const int64_t num_tiles = (run.count + kTileRows - 1) / kTileRows;
-        multiply_coded_tiles(a, w, inputs + run.first * layer.k, num_tiles, 0, num_tiles, vector, vector_end);
+        multiply_coded_tiles(a, w, inputs + run.first * layer.k, num_tiles(run), 0, num_tiles(run), vector, vector_end);
     }
 };
 
@@ -214,7 +214,7 @@ struct BlockPairs {
             if (first < last)
                 multiply_blocks(part, first - column, last - column, layer.k, x, run.count,
                                 {out + run.first * layer.n + first, layer.n,
-                                 layer.bias ? layer.bias + run.expert * layer.n + first : nullptr},
+                                 layer.bias ? layer.bias + run.expert * layer.n + first : nullptr, layer.both_digits},
                                 areas.of(thread, layer.k).panel);
             column += part.num_rows;
         }

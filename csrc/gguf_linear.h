@@ -3,9 +3,9 @@
 // A thread unpacks a panel of outputs (gguf_blocks.h) into its caches and multiplies it with all rows of x, which are
 // integers of 8 bits with a scale for every 32 inputs. Where a group of a row stands out from the row, its rounding would
 // be felt in all outputs: it gets a second digit, which says what the first left, and is multiplied twice. A weight may
-// ask for both digits of every group: inputs of 15 bits.
+// ask for both digits of every group: inputs of 15 bits, which are multiplied at once as integers of 16 bits.
 //
-// A pass is one digit of one group of inputs, of all rows of a tile. Products are summed as integers inside a pass, which
+// A pass is one digit of one group of inputs, of all rows of a tile, or both. Products are summed as integers inside a pass, which
 // is exact; the passes' sums are added as float32 in the order of k. A pass that other rows of the tile need adds 0 to a
 // row, so a row's result has the same bits in every batch and with any number of threads.
 #pragma once
@@ -24,7 +24,8 @@ constexpr int64_t kPassInputs = 32, kPassSteps = kPassInputs / 4;
 // A group stands out if its largest magnitude is more than so many times the root mean square of its row.
 constexpr float kStandsOut = 4.0f;
 // What a digit leaves is at most half of its unit: 127 of the next one's.
-constexpr float kSecondDigit = 1.0f / 254.0f;
+constexpr int32_t kSecondUnits = 254;
+constexpr float kSecondDigit = 1.0f / kSecondUnits;
 
 // One row's part of a pass.
 struct RowPass {
@@ -35,7 +36,8 @@ struct RowPass {
 
 // Rows of x in passes. A tile of rows has the room of its rows, in which [pass][row of the tile] follow each other.
 struct BlockRows {
-    int32_t* words;     // [pass][kPassSteps][row]: four inputs
+    int32_t* words;     // [pass][kPassSteps][row]: four inputs; both digits: [pass][2][kPassSteps][row], inputs 0 and 2
+                        // of a step, then 1 and 3
     RowPass* of_rows;   // [pass][row]
     int32_t* groups;    // [pass]: its group of inputs
     int32_t* num_passes;
@@ -128,6 +130,23 @@ static void make_digits(const float* x, int64_t k, bool both, int8_t* first, int
     }
 }
 
+// A pass with both digits of every row.
+static void join_digits(int64_t rows, int64_t k, const Digits& digits, int64_t g, const BlockRows& to) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const int8_t *const first = digits.first + r * k + g * kPassInputs, *const second = digits.second + r * k + g * kPassInputs;
+        int32_t* const words = to.words + g * 2 * kPassSteps * rows + r;
+        const auto both = [&](int64_t i) { return kSecondUnits * first[i] + second[i]; };
+        for (int64_t step = 0; step < kPassSteps; ++step)
+            for (int64_t part = 0; part < 2; ++part)
+                words[(part * kPassSteps + step) * rows] =
+                    int32_t(uint32_t(both(4 * step + part + 2)) << 16 | (uint32_t(both(4 * step + part)) & 0xffff));
+        const Digits::Group& of = digits.groups[r * to.num_groups + g];
+        const auto sum = [&](int half) { return kSecondUnits * of.first.sums[half] + of.second.sums[half]; };
+        to.of_rows[g * rows + r] = {of.second.scale, {sum(0), sum(1)}, sum(0) + sum(1)};
+    }
+    to.groups[g] = int32_t(g);
+}
+
 // The passes of a tile, made of the digits of its rows. `row(r)` is where row r lies.
 template <class Row>
 static void make_passes(int64_t rows, int64_t k, bool both, const Digits& digits, const BlockRows& to, const Row& row) {
@@ -135,6 +154,10 @@ static void make_passes(int64_t rows, int64_t k, bool both, const Digits& digits
         make_digits(row(r), k, both, digits.first + r * k, digits.second + r * k, digits.groups + r * to.num_groups);
     int32_t num = 0;
     for (int64_t g = 0; g < to.num_groups; ++g) {
+        if (both) {
+            join_digits(rows, k, digits, num++, to);
+            continue;
+        }
         const auto add = [&](const int8_t* bytes, auto pass_of) {
             for (int64_t r = 0; r < rows; ++r) {
                 for (int64_t step = 0; step < kPassSteps; ++step)
@@ -168,15 +191,25 @@ struct ProductForm {
         else return Signed(four);
 #endif
     }
+    // Codes 0 and 2 of a step, or 1 and 3, as integers of 16 bits.
+    template <int part>
+    static QUIRE_INLINE WordVec wide_codes_at(const uint8_t* p) {
+        typedef uint16_t Unsigned16 __attribute__((vector_size(kLanes * 4)));
+        const IntVec four = load_words(p);
+        if constexpr (kSigned) return part ? (WordVec)four >> 8 : (WordVec)((Unsigned16)four << 8) >> 8;
+        else return part ? (WordVec)((Unsigned16)four >> 8) : (WordVec)(four & 0x00ff00ff);
+    }
 };
 template <class Block>
 constexpr int kStepsOf = Block::kLargest == 0 ? 0 : Block::kGroup == 16 ? 2 : Block::kLargest <= 15 ? 8 : 4;
 static_assert(8 * 2 * 15 * 127 < 32768 && 4 * 2 * 31 * 127 < 32768 && 2 * 2 * 63 * 127 < 32768);
 template <class Block>
 using FormOf = ProductForm<Block::kGroup, kStepsOf<Block>, Block::kOffsets>;
-// What is taken from every code.
+// What is taken from every code, in products of bytes and of 16 bits.
 template <class Block>
 constexpr int32_t kTakenFromCodes = Block::kLargest > 0 ? Block::kZeroPoint : kSignedWeights ? 0 : 128;
+template <class Block>
+constexpr int32_t kTakenFromWideCodes = Block::kLargest > 0 ? Block::kZeroPoint : 0;
 
 // A thread's room for a panel: kUnpackedLanes outputs after another.
 struct Panel {
@@ -196,12 +229,14 @@ struct Panel {
     }
 };
 
-// kRows rows of a tile times kWidth vectors of a panel's outputs; `left` of those outputs are there.
-template <class Form, int kRows, int kWidth>
+// kRows rows of a tile times kWidth vectors of a panel's outputs; `left` of those outputs are there. `kWide`: passes
+// have both digits.
+template <class Form, bool kWide, int kRows, int kWidth>
 static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x, float* out, int64_t stride,
                             const float* bias, int64_t left) {
     constexpr int kHalves = kPassInputs / Form::kGroup, kSteps = Form::kGroup / 4;
-    constexpr int kRun = Form::kStepsInWords ? Form::kStepsInWords : kSteps;
+    constexpr bool kInWords = Form::kStepsInWords > 0 && !kWide;
+    constexpr int kRun = kInWords ? Form::kStepsInWords : kSteps;
     Vec sums[kRows][kWidth] = {};
     UnpackedBlocks w[kWidth];
     for (int j = 0; j < kWidth; ++j) w[j] = panel.at(lane + j * kLanes);
@@ -215,12 +250,25 @@ static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x
                 WordVec partial[kRows][kWidth] = {};
 #pragma GCC unroll 2
                 for (int step = 0; step < kRun; ++step, at += kUnpackedLanes * 4, words += kRows) {
+                    const auto add_part = [&]<int part>() {
+                        WordVec codes[kWidth];
+                        for (int j = 0; j < kWidth; ++j) codes[j] = Form::template wide_codes_at<part>(w[j].codes + at);
+#pragma GCC unroll 14
+                        for (int r = 0; r < kRows; ++r) {
+                            const IntVec two = IntVec{} + words[part * kPassSteps * kRows + r];
+#pragma GCC unroll 4
+                            for (int j = 0; j < kWidth; ++j) acc[r][j] = add_wide_products(acc[r][j], codes[j], two);
+                        }
+                    };
                     using Factor = decltype(Form::codes_at(w[0].codes));
-                    const auto add = [&](int r, int j, Factor weight, IntVec four) {
-                        if constexpr (Form::kStepsInWords) partial[r][j] += products(weight, four);
+                    const auto add = [&](int r, int j, auto weight, IntVec four) {
+                        if constexpr (kInWords) partial[r][j] += products(weight, four);
                         else acc[r][j] = add_products(acc[r][j], weight, four);
                     };
-                    if constexpr (kWidth == 2) {
+                    if constexpr (kWide) {
+                        add_part.template operator()<0>();
+                        add_part.template operator()<1>();
+                    } else if constexpr (kWidth == 2) {
                         const Factor first = Form::codes_at(w[0].codes + at), second = Form::codes_at(w[1].codes + at);
 #pragma GCC unroll 14
                         for (int r = 0; r < kRows; ++r) {
@@ -237,13 +285,14 @@ static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x
                         }
                     }
                 }
-                if constexpr (Form::kStepsInWords) {
+                if constexpr (kInWords) {
 #pragma GCC unroll 14
                     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
                         for (int j = 0; j < kWidth; ++j) acc[r][j] = add_pairs(acc[r][j], partial[r][j]);
                 }
             }
+            if (kWide && half == kHalves - 1) words += kPassSteps * kRows;
             const int64_t group = (x.groups[pass] * kHalves + half) * kUnpackedLanes;
 #pragma GCC unroll 14
             for (int r = 0; r < kRows; ++r) {
@@ -272,14 +321,14 @@ static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x
         }
 }
 
-template <class Form, int kRows = kRowsOfBytes>
+template <class Form, bool kWide, int kRows = kRowsOfBytes>
 static void multiply_panel(int64_t rows, const Panel& w, const BlockRows& x, float* out, int64_t stride,
-                              const float* bias, int64_t left) {
+                           const float* bias, int64_t left) {
     if constexpr (kRows > 1)
-        if (rows < kRows) return multiply_panel<Form, kRows - 1>(rows, w, x, out, stride, bias, left);
+        if (rows < kRows) return multiply_panel<Form, kWide, kRows - 1>(rows, w, x, out, stride, bias, left);
     constexpr int kWidth = kLanes == 16 || (kLanes == 8 && kRows == 1) ? 1 : 2;
     for (int64_t lane = 0; lane < left; lane += kWidth * kLanes)
-        multiply_passes<Form, kRows, kWidth>(w, lane, x, out + lane, stride, bias ? bias + lane : nullptr, left - lane);
+        multiply_passes<Form, kWide, kRows, kWidth>(w, lane, x, out + lane, stride, bias ? bias + lane : nullptr, left - lane);
 }
 
 // Where a product's results go: column 0 of its first row, the distance of rows, and the bias of column 0.
@@ -287,12 +336,55 @@ struct BlockOutputs {
     float* out;
     int64_t stride;
     const float* bias;
+    bool both_digits;  // of the rows
 };
 
-template <class Block>
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Lane r: the sum of the lanes of v[r].
+QUIRE_INLINE IntVec sums_of_lanes(const IntVec* v) {
+    const auto pairs = [](IntVec a, IntVec b) { return (IntVec)_mm256_hadd_epi32((__m256i)a, (__m256i)b); };
+    const IntVec low = pairs(pairs(v[0], v[1]), pairs(v[2], v[3])), high = pairs(pairs(v[4], v[5]), pairs(v[6], v[7]));
+    return (IntVec)_mm256_permute2x128_si256((__m256i)low, (__m256i)high, 0x20) +
+           (IntVec)_mm256_permute2x128_si256((__m256i)low, (__m256i)high, 0x31);
+}
+
+// One row of x with both digits times blocks whose codes are bytes: nothing has to be unpacked. The same sums as those of
+// `multiply_passes`.
+static void multiply_row_of_bytes(const BlockPart& part, int64_t begin, int64_t end, const BlockRows& x, const BlockOutputs& to) {
+    for (int64_t row = begin; row < end; row += kRowsTogether) {
+        BlocksOfRows b;
+        for (int r = 0; r < kRowsTogether; ++r) b.rows[r] = part.rows + min_of(row + r, end - 1) * part.row_bytes;
+        const uint8_t* ahead = b.rows[kRowsTogether - 1] + part.row_bytes;
+        Vec sums{};
+        for (int64_t g = 0, at = 0; g < x.num_groups; ++g, at += Q8_0::kBytes) {
+            for (int64_t byte = 0; byte < kRowsTogether * Q8_0::kBytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
+            ahead += kRowsTogether * Q8_0::kBytes;
+            const int32_t* const words = x.words + g * 2 * kPassSteps;
+            const IntVec first = load_words(words), second = load_words(words + kPassSteps);
+            IntVec acc[kRowsTogether];
+#pragma GCC unroll 8
+            for (int r = 0; r < kRowsTogether; ++r) {
+                const uint8_t* const codes = b.rows[r] + at + 2;
+                acc[r] = add_wide_products(IntVec{}, FormOf<Q8_0>::wide_codes_at<0>(codes), first);
+                acc[r] = add_wide_products(acc[r], FormOf<Q8_0>::wide_codes_at<1>(codes), second);
+            }
+            sums += __builtin_convertvector(sums_of_lanes(acc), Vec) * (b.halves(at) * x.of_rows[g].scale);
+        }
+        const int64_t lanes = min_of(end - row, kLanes), column = row - begin;
+        const Vec start = to.bias ? load_first(to.bias + column, lanes) : Vec{};
+        store_first(to.out + column, start + sums, lanes);
+    }
+}
+#endif
+
+template <class Block, bool kWide>
 static void multiply_blocks_of(const BlockPart& part, int64_t begin, int64_t end, int64_t k, const BlockRows& x, int64_t m,
                                const BlockOutputs& to, Panel panel) {
-    panel.taken = kTakenFromCodes<Block>;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (kWide && std::is_same_v<Block, Q8_0>)
+        if (m == 1) return multiply_row_of_bytes(part, begin, end, x, to);
+#endif
+    panel.taken = kWide ? kTakenFromWideCodes<Block> : kTakenFromCodes<Block>;
     // One row of x reads a panel once, so that a part of it in the first cache is enough; more rows take wider vectors.
     const int64_t step = m == 1 ? kUnpackedLanes : kPanel, num_tiles = (m + kRowsOfBytes - 1) / kRowsOfBytes;
     for (int64_t row = begin; row < end; row += step) {
@@ -305,8 +397,8 @@ static void multiply_blocks_of(const BlockPart& part, int64_t begin, int64_t end
         }
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
             const int64_t first = tile * m / num_tiles, count = (tile + 1) * m / num_tiles - first;
-            multiply_panel<FormOf<Block>>(count, panel, BlockRows(x, first), to.out + first * to.stride + row - begin, to.stride,
-                                  to.bias ? to.bias + row - begin : nullptr, left);
+            multiply_panel<FormOf<Block>, kWide>(count, panel, BlockRows(x, first), to.out + first * to.stride + row - begin,
+                                                 to.stride, to.bias ? to.bias + row - begin : nullptr, left);
         }
     }
 }
@@ -314,7 +406,10 @@ static void multiply_blocks_of(const BlockPart& part, int64_t begin, int64_t end
 // Rows `begin` to `end` of a weight, whose results go to the columns of `to`, times m rows of x in tiles.
 static void multiply_blocks(const BlockPart& part, int64_t begin, int64_t end, int64_t k, const BlockRows& x, int64_t m,
                             const BlockOutputs& to, const Panel& panel) {
-    with_block(part.type, [&]<class Block>() { multiply_blocks_of<Block>(part, begin, end, k, x, m, to, panel); });
+    with_block(part.type, [&]<class Block>() {
+        if (to.both_digits) multiply_blocks_of<Block, true>(part, begin, end, k, x, m, to, panel);
+        else multiply_blocks_of<Block, false>(part, begin, end, k, x, m, to, panel);
+    });
 }
 
 // Scratch of a product: rows of x; and for each thread a row as it is made, digits of a tile, and a panel.
@@ -377,7 +472,7 @@ static void linear_blocks(const BlockLinear& a) {
         }
         const int64_t row = panel * kPanel;
         column += row;
-        const BlockOutputs to{a.out + column, a.n, a.bias ? a.bias + column : nullptr};
+        const BlockOutputs to{a.out + column, a.n, a.bias ? a.bias + column : nullptr, a.both_digits};
         multiply_blocks(*part, row, min_of(row + kPanel, part->num_rows), a.k, areas.rows, a.m, to, areas.of(thread, a.k).panel);
     });
 }

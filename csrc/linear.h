@@ -19,8 +19,11 @@
 namespace quire::QUIRE_ISA {
 
 constexpr int kVectorsPerPanel = kPanel / kLanes;
-// Steps along k whose panel stays in a core's second-level cache while all rows use it.
-constexpr int64_t kSliceDepth = 2048;
+// With many tiles of rows, the inputs of a block of rows and a slice along k stay in a core's second-level cache while
+// all panels of a task use them: each weight is read from farther away once a block. Few tiles read a panel in one go.
+constexpr int64_t kSliceDepth = 512, kBlockRows = 96, kFewTiles = 3, kDepthOfFew = 2048;
+constexpr int64_t kVectorsPerTask = 8 * kVectorsPerPanel;
+constexpr int kFetchedTogether = 8;
 // Waking the other threads costs a few microseconds; fewer multiplications than this are done sooner by one.
 constexpr int64_t kParallelProducts = 1 << 16;
 // With so many tiles of rows for each thread, threads share out rows: what one makes of a row, the same one reads in
@@ -100,9 +103,7 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
         }
     } else {
         inputs += place.k_begin * kRows;
-        for (int64_t k = 0; k < depth; ++k) {
-            if constexpr (kRows > 4)
-                for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(ahead + k * share + byte, 0, 2);
+        const auto multiply_step = [&](int64_t k) {
             Vec weight[kWidth];
 #pragma GCC unroll 8
             for (int j = 0; j < kWidth; ++j) weight[j] = load_weights(weights[j], k);
@@ -112,6 +113,19 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
 #pragma GCC unroll 8
                 for (int j = 0; j < kWidth; ++j) acc[r][j] += weight[j] * x;
             }
+        };
+        const auto fetch = [&](int64_t k, int64_t steps) {
+            for (int64_t byte = 0; byte < steps * share; byte += 64) __builtin_prefetch(ahead + k * share + byte, 0, 2);
+        };
+        int64_t k = 0;
+        if (kRows > 4 && share < 64)  // a cache line is fetched once for several steps
+            for (; k + kFetchedTogether <= depth; k += kFetchedTogether) {
+                fetch(k, kFetchedTogether);
+                for (int i = 0; i < kFetchedTogether; ++i) multiply_step(k + i);
+            }
+        for (; k < depth; ++k) {
+            if (kRows > 4) fetch(k, 1);
+            multiply_step(k);
         }
     }
 #pragma GCC unroll 14
@@ -165,12 +179,15 @@ static void arrange(const float* const* from, int64_t rows, int64_t begin, int64
 template <class T>
 static void multiply_tiles(const Linear& a, const float* inputs, int64_t num_tiles, int64_t first, int64_t last,
                            int64_t vector, int64_t vector_end) {
-    for (int64_t k = 0; k < a.k; k += kSliceDepth)
-        for (int64_t tile = first; tile < last; ++tile) {
-            const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
-            const Place place{k, min_of(k + kSliceDepth, a.k), k == 0, tile - first, last - first};
-            multiply_tile<T>(rows, a, inputs + begin * a.k, a.out + begin * a.n, vector, vector_end, place);
-        }
+    const bool few = last - first <= kFewTiles;
+    const int64_t depth = few ? kDepthOfFew : kSliceDepth, step = last - first > 1 ? kVectorsPerPanel : vector_end - vector;
+    for (int64_t k = 0; k < a.k; k += depth)
+        for (int64_t v = vector; v < vector_end; v += step)
+            for (int64_t tile = first; tile < last; ++tile) {
+                const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
+                const Place place{k, min_of(k + depth, a.k), k == 0, tile - first, last - first};
+                multiply_tile<T>(rows, a, inputs + begin * a.k, a.out + begin * a.n, v, min_of(vector_end, v + step), place);
+            }
 }
 
 template <class T>
@@ -187,8 +204,10 @@ static void multiply(const Linear& a) {
     // that leaves threads idle, rows are cut too.
     int64_t group = kVectorsPerPanel;
     while (num_tiles == 1 && group < 8 && num_vectors >= 4 * threads * group) group *= 2;
+    if (by_rows) group = kVectorsPerTask;
     const int64_t num_groups = (num_vectors + group - 1) / group;
-    const int64_t num_blocks = by_rows ? threads : max_of(1, min_of(num_tiles, 2 * threads / num_groups));
+    const int64_t num_blocks = by_rows ? round_up((a.m + kBlockRows - 1) / kBlockRows, threads)
+                                       : max_of(1, min_of(num_tiles, 2 * threads / num_groups));
 
     // A single row lies as the micro-kernel reads it; others are rearranged to [tile][k][rows of the tile].
     const bool arranged = a.m > 1;

@@ -29,6 +29,7 @@ constexpr int kLanes = 4, kAccumulators = 12, kMaxRows = 6;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t WordsVec __attribute__((vector_size(kLanes * 4)));  // its sums may wrap around
 
 // 16-bit storage; arithmetic is always in float32.
 struct Half { uint16_t bits; };
@@ -254,7 +255,7 @@ QUIRE_INLINE Vec exp2(Vec x) {
     p = p * f + 2.40222424e-1f;
     p = p * f + 6.93147004e-1f;
     p = p * f + 1.0f;
-    const Vec scaled = (Vec)((IntVec)p + ((IntVec)shifted << 23));
+    const Vec scaled = (Vec)((WordsVec)p + ((WordsVec)shifted << 23));
     return x < -126.0f ? Vec{} : scaled;
 }
 

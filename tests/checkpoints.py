@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.apertus import ApertusConfig, ApertusForCausalLM
 from transformers.models.arcee import ArceeConfig, ArceeForCausalLM
+from transformers.models.bamba import BambaConfig, BambaForCausalLM
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
@@ -21,6 +23,7 @@ from transformers.models.dots1 import Dots1Config, Dots1ForCausalLM
 from transformers.models.ernie4_5 import Ernie4_5Config, Ernie4_5ForCausalLM
 from transformers.models.ernie4_5_moe import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
+from transformers.models.exaone_moe import ExaoneMoeConfig, ExaoneMoeForCausalLM
 from transformers.models.falcon import FalconConfig, FalconForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
@@ -38,6 +41,8 @@ from transformers.models.granite import GraniteConfig, GraniteForCausalLM
 from transformers.models.granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
 from transformers.models.granitemoehybrid import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 from transformers.models.helium import HeliumConfig, HeliumForCausalLM
+from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM
+from transformers.models.hunyuan_v1_moe import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
@@ -230,6 +235,14 @@ def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **values}}
 
 
+_BAMBA: dict[str, Any] = {
+    **_DECODER,
+    "num_hidden_layers": 4,
+    "attn_layer_indices": [2],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 12,
+    "mamba_n_groups": 2,
+}
 FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, _DECODER),
     "llama-bias": (LlamaConfig, LlamaForCausalLM, {**_DECODER, "attention_bias": True, "mlp_bias": True}),
@@ -414,6 +427,27 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "arcee": (ArceeConfig, ArceeForCausalLM, {**_DECODER, "mlp_bias": True}),
+    "apertus": (
+        ApertusConfig,
+        ApertusForCausalLM,
+        {
+            **_STABLELM,
+            **_rope(
+                "llama3", factor=4.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0
+            ),
+        },
+    ),
+    "hunyuan": (
+        HunYuanDenseV1Config,
+        HunYuanDenseV1ForCausalLM,
+        {**_DECODER, **_rope("dynamic", alpha=8.0, factor=1.0)},
+    ),
+    "hunyuan-moe": (HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM, {**_DECODER, "num_experts": 4, "moe_topk": [2, 2, 2]}),
+    "exaone-moe": (
+        ExaoneMoeConfig,
+        ExaoneMoeForCausalLM,
+        {**_MOE, "num_hidden_layers": 4, "num_experts": 8, "sliding_window": 24},
+    ),
     "exaone4": (Exaone4Config, Exaone4ForCausalLM, {**_DECODER, "num_hidden_layers": 4, "sliding_window": 24}),
     "internlm3": (InternLM3Config, LlamaForCausalLM, _DECODER),
     "glm": (GlmConfig, GlmForCausalLM, _GLM),
@@ -519,6 +553,7 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         GraniteMoeHybridForCausalLM,
         {**_GRANITE_HYBRID, "num_local_experts": 0, "position_embedding_type": "rope"},
     ),
+    "bamba": (BambaConfig, BambaForCausalLM, _BAMBA),
     "opt": (OPTConfig, OPTForCausalLM, _OPT),
     "opt-350m": (OPTConfig, OPTForCausalLM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 48}),
     "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),

@@ -11,10 +11,11 @@ from tests.engine.serving import OPTIONS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="stops and inspects processes through /proc")
-def test_streams_of_every_kind_survive_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("images", "seconds"), [(False, 6.0), (True, 3.0)])
+def test_streams_of_every_kind_survive_faults(monkeypatch: pytest.MonkeyPatch, images: bool, seconds: float) -> None:
     random.seed(1)
     monkeypatch.setattr(chaos, "FAULTS", ("kill", "segv"))
-    tally = asyncio.run(chaos.chaos(seconds=6.0, every=3.0, streams=8, **OPTIONS))
+    tally = asyncio.run(chaos.chaos(seconds=seconds, every=seconds / 2, streams=8, images=images, **OPTIONS))
     assert tally.faults >= 1
     assert tally.right >= 8
     assert (tally.wrong, tally.lost) == ([], [])

@@ -31,7 +31,10 @@ RELEASE = "quire"
 PUBLIC = {endpoint.path for endpoint in ENDPOINTS if endpoint.public}
 
 
-HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+BESIDE_PYTHON = str(Path(sys.executable).parent)
+HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=BESIDE_PYTHON)
+HELM = shutil.which("helm") or shutil.which("helm", path=BESIDE_PYTHON)
+needs_helm = pytest.mark.skipif(HELM is None, reason="needs helm (make test-deploy)")
 
 
 def load(file: str) -> Any:
@@ -210,10 +213,55 @@ def test_promtool_accepts_rules_and_scrapes() -> None:
         assert done.returncode == 0 or "field kubernetes_sd_configs not found" in done.stderr, (name, done.stderr)
 
 
-@pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
+def helm(*words: str) -> "subprocess.CompletedProcess[str]":
+    assert HELM is not None
+    return subprocess.run([HELM, *words], capture_output=True, text=True, timeout=60)
+
+
+@needs_helm
 def test_helm_accepts_the_chart() -> None:
-    done = subprocess.run(["helm", "lint", "--strict", str(CHART)], capture_output=True, text=True, timeout=60)
+    done = helm("lint", "--strict", str(CHART))
     assert done.returncode == 0, done.stdout
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"extraArgs": ["--max-num-seqs=8", "--quantization=int8"], "port": 9000, "model": "org/name"},
+        {"nodeSelector": {"a": "b"}, "tolerations": [{"key": "gpu", "operator": "Exists"}], "shutdownTimeout": 5},
+    ],
+)
+def test_helm_writes_what_these_tests_read(changes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(changes))
+    done = helm("template", RELEASE, str(CHART), "--values", str(tmp_path / "values.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert list(yaml.safe_load_all(done.stdout)) == list(yaml.safe_load_all(chart(**changes)))
+
+
+def test_every_value_has_a_schema() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert schema["properties"].keys() - {"global"} == load("helm/quire/values.yaml").keys()
+    assert schema["additionalProperties"] is False
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("replicas=many", "replicas"),
+        ("apiKeySecret=x", "apiKeySecret"),
+        ("port=0", "port"),
+        ("storage.size=lots", "storage/size"),
+        ("extraArgs=--x", "extraArgs"),
+        ("image=", "image"),
+    ],
+)
+def test_helm_refuses_wrong_values(given: str, named: str) -> None:
+    done = helm("template", RELEASE, str(CHART), "--set", given)
+    assert done.returncode != 0
+    assert named in done.stderr
 
 
 @pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (make test-deploy)")

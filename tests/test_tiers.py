@@ -186,9 +186,8 @@ def flush(llm: LLM, num_blocks: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("damage", [False, True])
 def test_a_prompt_computed_by_one_engine_is_a_hit_for_another(
-    roomy: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, damage: bool
+    roomy: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_blocks, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(disk_blocks, "_ALONE_SECONDS", 0.05)
@@ -196,18 +195,13 @@ def test_a_prompt_computed_by_one_engine_is_a_hit_for_another(
     with (
         LLM(num_blocks=100, **options) as one,
         LLM(num_blocks=60, **options) as other,
-        LLM(num_blocks=60, **{**options, "dtype": "bfloat16"}) as stranger,
     ):
         assert tokens([ask(other, 1)]) == tokens([ask(roomy, 1)])
         flush(other, 6)
-        assert ask(stranger, 1).num_cached_tokens == 0, "another model of the folder has other KV"
-        if damage:
-            for path in block_files(tmp_path):
-                path.write_bytes(path.read_bytes()[:-1] + b"!")
         flush(one, 6)
         output = ask(one, 2)
         assert tokens([output]) == tokens([ask(roomy, 2)])
-        assert output.num_cached_tokens == (0 if damage else 96)
+        assert output.num_cached_tokens == 96
         other.reset_prefix_cache()
         other._engine._core.step()
         assert tokens([ask(other, 3)]) == tokens([ask(roomy, 3)])

@@ -81,12 +81,14 @@ def add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]
     places = {place: token for token, place in (tokenizer["model"]["vocab"] | special).items()}
     tokens = [places.get(place, f"<unused{place}>") for place in range(config["vocab_size"])]
     kinds = gguf.TokenType
+    merges = tokenizer["model"]["merges"]
+    if not merges:  # llama.cpp needs at least one, and Quire its token. It changes nothing: prompts are token ids.
+        merges = [tokens[3:5]]
+        tokens[-1] = "".join(tokens[3:5])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
-    # llama.cpp needs at least one merge. It changes nothing: prompts are token ids.
-    merges = tokenizer["model"]["merges"] or [tokens[3:5]]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])

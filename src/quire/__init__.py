@@ -46,6 +46,11 @@ __all__ = ["__version__", *_HOME_OF]
 _ELSEWHERE = {
     "AsyncEngineArgs": "AsyncLLM takes an EngineConfig",
     "AsyncLLMEngine": "use AsyncLLM",
+    "GuidedDecodingParams": "use StructuredOutputsParams",
+    "ModelRegistry": "a model is a row of a table (docs/extending.md)",
+    "PromptType": "a prompt is a str, a list of token ids, a TextPrompt or a TokensPrompt",
+    "RequestOutputKind": "LLM returns whole outputs, AsyncLLM streams what is new",
+    "initialize_ray_cluster": "quire cluster serve runs replicas on Ray",
     "EngineArgs": "LLM takes the options as keywords; EngineConfig holds them",
     "LLMEngine": "use LLM or AsyncLLM",
     "PoolingOutput": "use EmbeddingOutput",

@@ -4,10 +4,8 @@ Its fields are the keyword arguments of `LLM` and the flags of `quire serve`. Va
 are never written back here: they belong to the memory plan.
 """
 
-import contextlib
 import difflib
 import errno
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -20,7 +18,9 @@ from quire.kv_events_config import KVEventsConfig
 from quire.option_values import parse_size, parse_tokens
 from quire.quantization import METHODS
 from quire.request import POOLINGS, TASKS
-from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
+from quire.speculative_config import SpeculativeConfig
+from quire.vllm_options import RENAMED
+from quire.vllm_rare_options import ALL_FOREIGN_OPTIONS, DEFAULT_MAX_IMAGES, TRANSLATED_OPTIONS, advice_for
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPE_ALIASES = {
@@ -33,8 +33,14 @@ DTYPE_ALIASES = {
 }
 SCHEDULING_POLICIES = ("fcfs", "shortest", "fair")
 ADMISSIONS = ("current", "predicted")
-SPECULATIVE_METHODS = ("ngram",)
-OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
+OPTION_ALIASES = {
+    "num_gpu_blocks_override": "num_blocks",
+    "kv_cache_memory_bytes": "kv_cache_memory",
+    "device_memory_utilization": "gpu_memory_utilization",
+    "max_num_queued_reqs": "max_queue_size",
+    "allowed_origins": "allow_origins",
+}
+"""vLLM's name → Quire's, of an option of the engine or the server."""
 _CHOICES = {
     "dtype": DTYPES,
     "kv_cache_dtype": ("auto", *KV_CACHE_DTYPES),
@@ -48,6 +54,7 @@ _CHOICES = {
     "pooling_type": ("auto", *POOLINGS),
 }
 _INTEGERS = {
+    "seed": (-(2**63), 2**64 - 1),
     "max_model_len": (1, 2**24),
     "max_num_seqs": (1, 2**16),
     "max_num_batched_tokens": (1, 2**20),
@@ -72,52 +79,6 @@ _SIZES = (
     *("weights_cache_size", "max_image_size"),
 )
 """Options in bytes, which may be given as text, e.g. 4GiB."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculativeConfig:
-    """How tokens are drafted before the model computes them. Names and meanings are vLLM's."""
-
-    method: str = "ngram"
-    """ngram: the tokens that followed an earlier occurrence of the last tokens, in prompt or output."""
-    num_speculative_tokens: int = 16
-    """Longest draft in tokens; every step decides how much of a draft it computes."""
-    prompt_lookup_max: int = 8
-    """Most last tokens to look for; a longer match is preferred."""
-    prompt_lookup_min: int = 1
-    """Fewest last tokens to look for."""
-
-    def __post_init__(self) -> None:
-        if self.method not in SPECULATIVE_METHODS:
-            raise ConfigError(
-                f"speculative_config: method is {self.method!r}; it must be {' or '.join(SPECULATIVE_METHODS)}"
-            )
-        for name, high in (("num_speculative_tokens", 64), ("prompt_lookup_max", 64), ("prompt_lookup_min", 64)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= high:
-                raise ConfigError(f"speculative_config: {name} is {value!r}; it must be an integer from 1 to {high}")
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ConfigError(
-                f"speculative_config: prompt_lookup_min is {self.prompt_lookup_min}, more than prompt_lookup_max "
-                f"{self.prompt_lookup_max}"
-            )
-
-    @classmethod
-    def read(cls, value: "SpeculativeConfig | Mapping[str, Any] | str") -> "SpeculativeConfig":
-        """From a mapping, or from JSON. Raises `ConfigError`."""
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise ConfigError(f"speculative_config is {value!r}, which is not JSON: {error}") from error
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"speculative_config is {value!r}; it must be an object such as {{'method': 'ngram'}}")
-        known = [f.name for f in fields(cls)]
-        if unknown := value.keys() - known:
-            raise ConfigError(f"speculative_config has unknown {sorted(unknown)}; it may have {', '.join(known)}")
-        return cls(**value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +174,7 @@ class EngineConfig:
     """How an embedding is made of a text's tokens: mean, cls, last, max. auto takes it from the folder."""
     speculative_config: SpeculativeConfig | None = None
     """Draft tokens and check several in one step when that is faster: {"method": "ngram"}, as JSON or a dict."""
-    max_images: int = 16
+    max_images: int = DEFAULT_MAX_IMAGES
     """Most images of one request. vLLM's limit_mm_per_prompt '{"image": 16}' is another spelling."""
     max_image_size: int = 20 * 2**20
     """Most bytes of an image's file, e.g. 20MiB."""
@@ -263,7 +224,8 @@ class EngineConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+                hint = advice_for(name, value)
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}")
         for name, (low, high) in _INTEGERS.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not low <= value <= high):
@@ -280,6 +242,15 @@ class EngineConfig:
         if self.quantization is not None and self.quantization not in METHODS:
             raise ConfigError(
                 f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
+                f"{advice_for('quantization', self.quantization)}"
+            )
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(option.default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{option.name} is {value!r}; it must be True or False")
+        if self.swap_space is not None and self.swap_space < 2**20:
+            raise ConfigError(
+                f"swap_space is {self.swap_space} bytes, less than a block; give it with its unit, e.g. 4GiB"
             )
         self._check_conflicts()
 
@@ -290,6 +261,12 @@ class EngineConfig:
             object.__setattr__(self, name, DTYPE_ALIASES.get(value, value))
         if self.scheduling_policy == "priority":  # vLLM's name; here priorities count under every policy
             object.__setattr__(self, "scheduling_policy", "fcfs")
+        if self.task == "embedding":  # vLLM's older name
+            object.__setattr__(self, "task", "embed")
+        if self.seed is None:  # vLLM's default of late
+            object.__setattr__(self, "seed", 0)
+        if self.max_logprobs == -1:  # vLLM's name for no limit
+            object.__setattr__(self, "max_logprobs", _INTEGERS["max_logprobs"][1])
         if self.generation_config == "vllm":  # vLLM's name for ignoring the file
             object.__setattr__(self, "generation_config", "none")
         for name in ("max_model_len", "max_num_batched_tokens"):
@@ -360,27 +337,16 @@ class EngineConfig:
         given: dict[str, Any] = {}
         for name, value in options.items():
             name = OPTION_ALIASES.get(name, name)
-            if name == "limit_mm_per_prompt":
-                name, value = "max_images", read_max_images(value)
+            if name in TRANSLATED_OPTIONS:
+                name, translate = TRANSLATED_OPTIONS[name]
+                value = translate(value)
             if name in known:
                 given[name] = value
-            elif name in FOREIGN_OPTIONS:
-                FOREIGN_OPTIONS[name].check(name, value)
+            elif name in ALL_FOREIGN_OPTIONS:
+                ALL_FOREIGN_OPTIONS[name].check(name, value)
             else:
-                names = sorted(known | OPTION_ALIASES.keys() | FOREIGN_OPTIONS.keys())
+                names = sorted(known | OPTION_ALIASES.keys() | ALL_FOREIGN_OPTIONS.keys())
                 near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"unknown option {name}{hint}")
         return cls(**given)
-
-
-def read_max_images(value: object) -> object:
-    """The images of vLLM's limit_mm_per_prompt, an object or its JSON. Raises `ConfigError` for limits of other
-    things."""
-    limits = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            limits = json.loads(value)
-    if not isinstance(limits, Mapping) or not limits.keys() <= {"image", "video", "audio"}:
-        raise ConfigError(f"limit_mm_per_prompt is {value!r}; give a number of images, such as '{{\"image\": 4}}'")
-    return limits.get("image", EngineConfig.__dataclass_fields__["max_images"].default)

@@ -33,6 +33,24 @@ from quire.sampling_params import BeamSearchParams, SamplingParams
 Message = Mapping[str, Any]
 
 
+_METHODS_ELSEWHERE = {
+    "apply_model": "Quire's model is `quire.models`; docs/debugging.md shows how to read its layers",
+    "collective_rpc": "one process computes; call what you need",
+    "encode": "use embed, classify or score",
+    "enqueue": "generate takes all prompts at once; AsyncLLM takes them as they come",
+    "enqueue_chat": "chat takes all conversations at once; AsyncLLM takes prompts as they come",
+    "from_engine_args": "LLM takes the options as keywords",
+    "get_metrics": "use stats and memory_report",
+    "reset_mm_cache": "images are found by their content; nothing needs a reset",
+    "sleep": "close frees the memory",
+    "start_profile": "run the process under a profiler such as py-spy",
+    "stop_profile": "run the process under a profiler such as py-spy",
+    "wait_for_completion": "generate returns when all prompts have ended",
+    "wake_up": "close frees the memory; a new LLM takes it again",
+}
+"""Methods of vLLM's LLM that Quire lacks → what to use."""
+
+
 class LLM(VectorMethods):
     """A model for offline generation.
 
@@ -64,6 +82,10 @@ class LLM(VectorMethods):
         self._chat_template: ChatTemplate | None = None  # read when first asked for
         self._request_ids = itertools.count()
 
+    def __getattr__(self, name: str) -> Any:
+        advice = _METHODS_ELSEWHERE.get(name)
+        raise AttributeError(f"LLM has no {name}" + (f": {advice}" if advice else ""), name=name, obj=self)
+
     def __repr__(self) -> str:
         plan, model = self._engine.memory_plan, model_name(self._engine.config.model)
         dtype = plan.dtype if plan.quantization is None else f"{plan.dtype}, {plan.quantization}"
@@ -78,7 +100,7 @@ class LLM(VectorMethods):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         cache_salt: str = "",
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
@@ -93,6 +115,8 @@ class LLM(VectorMethods):
         """
         batch = as_batch(prompts)
         params = self._params_of(sampling_params, len(batch))
+        if isinstance(priority, int):
+            priority = [priority] * len(batch)
         if priority is not None and len(priority) != len(batch):
             raise RequestError(f"{len(batch)} prompts came with {len(priority)} priorities", param="priority")
         return self._run(

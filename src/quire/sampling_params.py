@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from quire.errors import RequestError
 from quire.structured_outputs import StructuredOutputsParams
+from quire.vllm_rare_options import check_sampling_fields
 
 MAX_N = 128
 MAX_BEAM_WIDTH = 64
@@ -20,8 +21,7 @@ MAX_STOP_STRING_CHARS = 1024
 MAX_TOKEN_LIST = 4096
 MAX_BAD_WORDS = 256
 MAX_LOGITS_PROCESSORS = 16
-MAX_EXTRA = 16
-MAX_EXTRA_CHARS = 512
+MAX_EXTRA, MAX_EXTRA_CHARS = 16, 512
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow float32 logits."""
@@ -78,14 +78,13 @@ _TUPLES = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logits
 class SamplingParams:
     """How the tokens of one request are chosen, when it ends, and what is reported of it.
 
-    Raises `RequestError` (naming the field) for a value out of range.
+    Raises `RequestError` (naming the field) for an unknown field or a value out of range.
     """
 
     n: int = 1
     """Samples per prompt; they share the prompt's KV."""
     best_of: int | None = None
-    """Samples to draw. The n with the highest cumulative log-probability are returned, best first; None: n.
-    Newer versions of vLLM have dropped it; it stays because scripts still set it."""
+    """Samples to draw. The n with the highest cumulative log-probability are returned, best first; None: n."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling; the best n are returned. None samples."""
     length_penalty: float = 1.0
@@ -147,6 +146,10 @@ class SamplingParams:
     detokenize: bool = True
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Free-form labels of the client, for logits processors. The engine does not interpret them."""
+
+    def __new__(cls, **options: object) -> "SamplingParams":
+        check_sampling_fields(options.keys(), cls.__dataclass_fields__.keys())
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         self._freeze()
@@ -393,7 +396,5 @@ def _check_extra(extra: object) -> None:
         raise RequestError(f"extra holds {len(extra)} labels; at most {MAX_EXTRA} are allowed", param="extra")
     longest = max((len(text) for pair in extra.items() for text in pair), default=0)
     if longest > MAX_EXTRA_CHARS:
-        raise RequestError(
-            f"extra holds a text of {longest} characters; at most {MAX_EXTRA_CHARS} are allowed",
-            param="extra",
-        )
+        text = f"extra holds a text of {longest} characters; at most {MAX_EXTRA_CHARS} are allowed"
+        raise RequestError(text, param="extra")

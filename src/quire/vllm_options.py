@@ -1,7 +1,7 @@
 """Options of vLLM that Quire lacks: the values that ask for nothing are accepted, all others are refused with advice.
 
 Command lines and notebooks written for vLLM name them. `EngineConfig.from_options` and the flags of the commands read
-these tables.
+these tables. The rest of them, grouped, is in `vllm_rare_options`.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,8 @@ class ForeignOption:
     """What Quire does instead, and what to do."""
     harmless: bool = False
     """Every value is accepted: the option only tunes what Quire does not have."""
+    several: bool = False
+    """Its flag takes several values."""
 
     @property
     def is_switch(self) -> bool:

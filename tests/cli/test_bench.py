@@ -87,3 +87,28 @@ def test_serve_reports_failures(capsys: pytest.CaptureFixture[str]) -> None:
     with RunningServer(ScriptedEngine(full=True)) as server:
         assert run(["bench", "serve", "--base-url", server.url, "--num-prompts", "3"]) == 1
     assert "3 of 3 requests failed, the first with" in capsys.readouterr().err
+
+
+def test_startup_measures_fresh_processes_and_their_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python, result = tmp_path / "python", tmp_path / "result.json"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\necho ROMEO\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert run(["bench", "startup", "--num-iters", "2", "--threads", "1", "--output-json", str(result)]) == 0
+    generate = "-m quire generate The --max-tokens 1 --ignore-eos --threads=1"
+    assert (tmp_path / "log").read_text().splitlines() == ["-c import torch", generate] * 2
+    figures = json.loads(result.read_text())
+    assert len(figures["first_token_seconds"]) == 2
+    assert figures["ratio_to_floor"] > 0
+    assert figures["median_read_seconds"] > 0
+    assert "ratio_to_floor" in capsys.readouterr().out
+
+
+def test_startup_of_a_process_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || { echo no weights >&2; exit 3; }\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert run(["bench", "startup", "--num-iters", "1"]) == 1

@@ -7,9 +7,10 @@ import pytest
 from cyclopts import App
 
 from quire.cli.options import field_docs, flags, split
-from quire.config import EngineConfig, SpeculativeConfig
+from quire.config import EngineConfig
 from quire.server.settings import ServerSettings
 from quire.simulation.settings import SimulationSettings
+from quire.speculative_config import SpeculativeConfig
 
 
 def parsed(*arguments: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def test_the_routers_process_has_one_ingress() -> None:
         ({"replicas": 3, "max_replicas": 2}, "max_replicas is 2, less than replicas 3"),
         ({"num_cpus": -1}, "num_cpus is -1"),
         ({"downscale_delay": -1.0}, "downscale_delay is -1.0; it must be at least 0"),
+        ({"max_surge_percent": 101}, "max_surge_percent is 101; it must be from 0 to 100"),
         ({"policy": "best"}, "policy is 'best'; it must be one of least-work"),
         ({"target_kv_share": 2}, "target_kv_share above 0 and at most 1"),
         ({"block_sise": 16}, "block_sise"),

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from quire.engine.messages import Abort, ToEngine
-from quire.engine.request_streams import RequestStreams, Stream
-from quire.outputs import RequestOutput, SequenceDelta, StepDeltas
+from quire.engine.request_streams import RequestStreams, Stream, Tap
+from quire.outputs import SequenceDelta, StepDeltas
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from tests.server.scripted_engine import bundled_tokenizer
 
 
 class Consumer:
@@ -17,20 +18,20 @@ class Consumer:
 
     def __init__(self, num_refused: int = 0) -> None:
         self.sent: list[ToEngine] = []
-        self.streams = RequestStreams(None, self.sent.append)
+        self.streams = RequestStreams(bundled_tokenizer(), self.sent.append)
         self.seen: list[tuple[str, list[int]]] = []
         self.num_refused = num_refused
         self.stream = self.streams.open(
             Request(request_id="r", prompt_token_ids=[1, 2], params=SamplingParams(n=2), max_tokens=50), None
         )
-        self.stream.tap = self.tap
+        self.stream.tap = Tap(self.is_ready, self.add)
 
-    def tap(self, output: RequestOutput) -> bool:
-        if self.num_refused:
-            self.num_refused -= 1
-            return False
-        self.seen += [("tap", sample.token_ids) for sample in output.outputs]
-        return True
+    def is_ready(self) -> bool:
+        self.num_refused -= 1
+        return self.num_refused < 0
+
+    def add(self, index: int, text: str, token_id: int, now: float) -> None:
+        self.seen.append(("tap", [token_id]))
 
     async def read(self) -> None:
         finished = False
@@ -83,10 +84,10 @@ def test_what_a_tap_refuses_stays_in_front_of_what_follows() -> None:
 def test_an_error_of_a_tap_ends_its_request_alone() -> None:
     consumer = Consumer()
 
-    def broken(output: RequestOutput) -> bool:
+    def broken(index: int, text: str, token_id: int, now: float) -> None:
         raise ZeroDivisionError
 
-    consumer.stream.tap = broken
+    consumer.stream.tap = Tap(consumer.is_ready, broken)
     with pytest.raises(ZeroDivisionError):
         run(consumer, lambda: consumer.deliver(4), lambda: consumer.deliver(5))
     assert Abort(["r"]) in consumer.sent

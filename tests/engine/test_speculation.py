@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from quire import LLM, SamplingParams, StructuredOutputsParams, config
-from quire.config import SpeculativeConfig
+from quire import LLM, SamplingParams, StructuredOutputsParams, speculative_config
 from quire.outputs import RequestOutput
 from quire.scheduler.acceptance import Draft
 from quire.scheduler.proposers import PROPOSERS
 from quire.scheduler.step_times import StepCurve, StepTimes
+from quire.speculative_config import SpeculativeConfig
 from tests.checkpoints import make_checkpoint
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 1}
@@ -140,7 +140,7 @@ def test_another_proposer_is_a_row(plain: LLM, monkeypatch: pytest.MonkeyPatch) 
         return Oracle()
 
     monkeypatch.setitem(PROPOSERS, "oracle", make)
-    monkeypatch.setattr(config, "SPECULATIVE_METHODS", ("ngram", "oracle"))
+    monkeypatch.setattr(speculative_config, "SPECULATIVE_METHODS", ("ngram", "oracle"))
     with LLM(**OPTIONS, speculative_config={"method": "oracle", "num_speculative_tokens": 4}) as llm:
         (found,) = llm.generate([SENTENCES], params)
         assert what_came_of(found) == what_came_of(expected)

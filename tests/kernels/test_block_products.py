@@ -71,13 +71,20 @@ def test_a_group_that_stands_out_has_a_second_digit(isa: str) -> None:
     assert torch.equal(found[[0, 1, 3]], cpu.linear_quantized(x[[0, 1, 3]], weight, None, 9))
 
 
+@pytest.mark.parametrize("both_digits", [False, True])
 @pytest.mark.parametrize("name", TYPES)
-def test_a_rows_result_does_not_depend_on_its_batch(name: str, isa: str) -> None:
-    weight = cpu.pack_blocks([matrix_of(name, 9)])
-    x = rows(6)
-    together = cpu.linear_quantized(x, weight, None, 9)
+def test_a_rows_result_does_not_depend_on_its_batch(name: str, both_digits: bool, isa: str) -> None:
+    weight, bias = BlockWeight((matrix_of(name, 21),), both_digits), torch.randn(21)
+    x = rows(14)
+    together = cpu.linear_quantized(x, weight, bias, 21)
     for count in (1, 2, 3, 5):
-        assert torch.equal(cpu.linear_quantized(x[:count], weight, None, 9), together[:count])
+        assert torch.equal(cpu.linear_quantized(x[:count], weight, bias, 21), together[:count])
+    assert torch.equal(cpu.linear_quantized(x[13:], weight, bias, 21), together[13:])
+
+
+def test_codes_of_more_bits_or_with_a_sign_meet_exact_inputs() -> None:
+    exact = {name for name in TYPES if cpu.pack_blocks([matrix_of(name, 1)]).both_digits}
+    assert exact == {"Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS"}
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -92,8 +99,11 @@ def test_rows_are_gathered_as_they_are_dequantised(name: str, isa: str) -> None:
 def test_parts_of_several_types_lie_side_by_side(isa: str) -> None:
     matrices = [matrix_of("Q4_K", 6), matrix_of("Q6_K", 3, seed=1), matrix_of("Q8_0", 5, seed=2)]
     x, bias = rows(3), torch.randn(14)
-    whole = cpu.linear_quantized(x, cpu.pack_blocks(matrices), bias, 14)
-    parts = [cpu.linear_quantized(x, cpu.pack_blocks([matrix]), None, len(matrix.rows)) for matrix in matrices]
+    weight = cpu.pack_blocks(matrices)
+    assert weight.both_digits, "a part that needs exact inputs decides for all"
+    whole = cpu.linear_quantized(x, weight, bias, 14)
+    each = [BlockWeight((matrix,), both_digits=True) for matrix in matrices]
+    parts = [cpu.linear_quantized(x, one, None, one.parts[0].shape[0]) for one in each]
     assert torch.equal(whole, torch.cat(parts, dim=1) + bias)
 
 

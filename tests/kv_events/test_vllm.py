@@ -46,7 +46,7 @@ def test_vllm_reads_quire_and_quire_reads_vllm() -> None:
         finally:
             sender.close()
             vllm.stdin.close()
-            assert vllm.wait(30) == 0
+            assert vllm.wait(300) == 0
 
 
 def publish_until_read(sender: EventPublisher, names: list[int], vllm: "subprocess.Popen[str]") -> Any:

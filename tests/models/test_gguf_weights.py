@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from quire.errors import CheckpointError
 from quire.gguf.file import read_gguf
@@ -89,8 +88,12 @@ def test_blocks_compute_what_their_numbers_do(block: str, tmp_path: Path) -> Non
     ids = prompt(40)
     found, expected = PagedModel(stored), PagedModel(widened)
     logits, expected_logits = found.step({0: ids})[0], expected.step({0: ids})[0]
-    assert_close(logits, expected_logits, 2e-3)
-    assert torch.equal(logits.argmax(-1), expected_logits.argmax(-1))
+    # Inputs of blocks of four and five bits are rounded to 8 bits, others to 15.
+    tolerance = 2e-3 if block in ("Q8_0", "BF16") else 0.3
+    assert_close(logits, expected_logits, tolerance)
+    assert (logits - expected_logits).norm() <= 0.2 * tolerance * expected_logits.norm()
+    best = expected_logits.gather(1, logits.argmax(-1, keepdim=True))
+    assert (expected_logits.amax(1, keepdim=True) - best).max() <= tolerance, "only near-ties may fall otherwise"
     config = ModelConfig.from_folder(stored)
     assert (config.block_bytes > 0) == (block != "BF16")
     if config.block_bytes:

@@ -2,14 +2,17 @@
 
 import mmap
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from quire.kernels import cpu
 from quire.kernels.interface import ExpertMatrices, ExpertWeight, Mxfp4Matrix
 from quire.layers.linear import stored_as
 from quire.models.packed_weights import PackedWeights, tensors_of
+from quire.models.safetensors_weights import SafetensorsWeights
 from quire.quantization import METHODS
 
 INT8, INT4 = METHODS["int8"].layers, METHODS["int4"].layers
@@ -77,3 +80,51 @@ def test_what_has_no_room_is_allocated_by_the_caller() -> None:
     assert packed is allocated[0]
     quantized = PackedWeights(None).quantize_linear([torch.randn(9, 32)], INT8, allocate)
     assert [quantized.values.data_ptr(), quantized.scales.data_ptr()] == [x.data_ptr() for x in allocated[1:]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_large_weight_is_packed_and_released_in_pieces(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "PIECE_BYTES", 2 << 20)
+    weight = torch.randn(6144, 1024)
+    save_file({"layer.weight": weight}, tmp_path / "model.safetensors")
+    source = SafetensorsWeights.open(tmp_path)
+    resident = []
+
+    def release(rows: torch.Tensor) -> None:
+        resident.append(resident_bytes(tmp_path))
+        source.release(rows)
+
+    packing = PackedWeights(mmap.mmap(-1, 24 << 20), release=release)
+    view = source.take("layer.weight", (6144, 1024))
+    found = packing.pack_linear([view], dtype)
+    assert torch.equal(found, cpu.pack_linear([weight], dtype))
+    assert len(resident) == 12
+    assert 2 << 20 <= max(resident) < 12 << 20  # the system maps more than is read
+    assert resident_bytes(tmp_path) < 6 << 20
+    assert torch.equal(view, weight)  # what is read again is mapped again
+    source.release(weight)  # no view of a file
+    quantized = packing.quantize_linear([view], INT8)
+    assert all(map(torch.equal, bytes_of(quantized), bytes_of(cpu.quantize_linear([weight], INT8))))
+    assert len(resident) == 24
+
+
+def resident_bytes(folder: Path) -> int:
+    """Bytes in memory of the files mapped from a folder."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    begins = [index for index, line in enumerate(lines) if str(folder) in line]
+    return sum(
+        int(next(line for line in lines[begin:] if line.startswith("Rss:")).split()[1]) << 10 for begin in begins
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (33, 64), (40, 63), (7, 300)])
+def test_bfloat16_is_packed_as_it_is(shape: tuple[int, int]) -> None:
+    """Whether pairs of it are copied or single numbers are converted."""
+    weight = torch.randn(shape).bfloat16()
+    weight[0, :2] = torch.tensor([float("inf"), -0.0])
+    other = torch.randn(5, shape[1]).bfloat16()
+    for parts in ([weight], [weight, other], [weight.t().contiguous().t()]):
+        expected = cpu.pack_linear([part.float() for part in parts], "bfloat16")
+        assert torch.equal(cpu.pack_linear(parts, "bfloat16").view(torch.int16), expected.view(torch.int16))

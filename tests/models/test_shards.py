@@ -2,13 +2,19 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
+from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.coded import CodedMatrix
+from quire.layers.linear import LinearWeight, Matrix
 from quire.layers.ranks import Ranks
 from quire.model_config import ModelConfig
 from quire.model_config.divided import divide, kv_copies
@@ -19,8 +25,7 @@ from tests.paged_model import PagedModel
 CPU = torch.device("cpu")
 PROMPT = [7, 3, 91, 12, 250, 7, 64, 18, 33, 5, 200, 141, 9, 77, 2, 40, 111]
 KINDS = (
-    *("llama-bias", "gpt2", "mixtral", "qwen2-moe", "gemma2", "deepseek-v3", "phi3", "falcon-new", "bloom"),
-    *("gpt-bigcode", "phi-norms", "granite-moe"),
+    *("llama-bias", "gpt2", "mixtral", "qwen2-moe", "gemma2", "deepseek-v3", "falcon-new", "bloom", "gpt-bigcode"),
 )
 """Every way of dividing a layer."""
 
@@ -103,8 +108,6 @@ def test_quantised_layers_are_divided(dtype: str, tmp_path: Path) -> None:
     ("kind", "size", "reason"),
     [
         ("llama", 3, "which does not divide the model's attention heads, 4"),
-        ("llama", 8, "which does not divide the model's attention heads, 4"),
-        ("mixtral", 32, "which does not divide the model's attention heads, 4"),
         ("qwen3.5", 2, "has recurrent layers, which Quire cannot divide"),
         ("olmo2", 2, "has one norm for the queries of all heads"),
         ("gpt-oss", 2, "has experts whose gates and inputs take turns"),
@@ -116,6 +119,56 @@ def test_what_cannot_be_divided_is_refused_by_name(kind: str, size: int, reason:
     folder = make_checkpoint(tmp_path, kind, **overrides)
     with pytest.raises(ConfigError, match=f"tensor_parallel_size is {size}.*{reason}"):
         divide(ModelConfig.from_folder(folder), size)
+
+
+def coded(group_size: int) -> CodedMatrix:
+    generator = torch.Generator().manual_seed(1)
+    groups = -(-128 // group_size)
+    return CodedMatrix(
+        torch.randint(0, 16, (24, 128), generator=generator, dtype=torch.uint8),
+        torch.rand(24, groups, generator=generator) + 0.1,
+        group_size,
+        tuple(float(level) for level in range(16)),
+        zeros=torch.randint(0, 16, (24, groups), generator=generator).float(),
+    )
+
+
+def in_blocks(type_name: str) -> BlockMatrix:
+    values = np.random.default_rng(2).standard_normal((24, 512)).astype(np.float32)
+    kind = getattr(gguf.GGMLQuantizationType, type_name)
+    return BlockMatrix(torch.from_numpy(gguf.quantize(values, kind)), type_name)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "keeps_bits"),
+    [
+        (coded(32), True),
+        (coded(128), True),
+        (coded(96), False),
+        (replace(coded(32), order=torch.arange(128).flip(0)), False),
+        (in_blocks("Q8_0"), True),
+        (in_blocks("Q4_0"), True),
+        (torch.arange(96.0).view(8, 12), True),
+    ],
+)
+def test_parts_of_stored_matrices(matrix: Matrix, keeps_bits: bool) -> None:
+    """Bits are kept where a part ends with its groups; the numbers are the same everywhere."""
+    whole = LinearWeight(matrix, torch.arange(float(matrix.shape[0])))
+    num_outputs, num_inputs = (size // 2 for size in matrix.shape)
+    for rank in range(2):
+        shards = Shards(Ranks(rank, 2), 1, 100)
+        rows = slice(rank * num_outputs, (rank + 1) * num_outputs)
+        part = shards.take(lambda shape: whole, (num_outputs, 2 * num_inputs), (("outputs", num_outputs),))
+        assert torch.equal(part.floats(), whole.floats()[rows])
+        assert part.bias is not None
+        assert whole.bias is not None
+        assert torch.equal(part.bias, whole.bias[rows])
+        assert type(part.weight) is type(matrix)
+        columns = slice(rank * num_inputs, (rank + 1) * num_inputs)
+        part = shards.take(lambda shape: whole, (2 * num_outputs, num_inputs), (("inputs", 2 * num_outputs),))
+        assert torch.equal(part.floats(), whole.floats()[:, columns])
+        assert (part.bias is None) == (rank > 0), "the sum has the bias once"
+        assert (type(part.weight) is type(matrix)) == keeps_bits
 
 
 def test_a_part_is_counted_as_it_is_held(tmp_path: Path) -> None:

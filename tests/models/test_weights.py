@@ -141,11 +141,22 @@ def test_longer_file(folder: Path, file: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"not a file of tensors at all"])
+@pytest.mark.parametrize("content", [b"{}", b"not a file of tensors at all"])
 def test_file_of_another_kind(folder: Path, file: Path, content: bytes) -> None:
     file.write_bytes(content)
     assert refusal(folder) == (
         f"FOLDER/model.safetensors ({len(content)} bytes) is not a safetensors file: its header has no valid length"
+    )
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "base_model.model.", "language_model.", "model.language_model.x."]
+)
+def test_names_of_a_model_inside_another(prefix: str, folder: Path, file: Path) -> None:
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
+    assert refusal(folder) == (
+        f"FOLDER: tensor model.embed_tokens.weight of shape [260, 64] is missing; all its names begin with {prefix}, "
+        "as a model inside another one is saved; take that off the names, or save the inner model"
     )
 
 

@@ -153,20 +153,17 @@ def test_a_dead_rank_is_noticed_without_work_and_ends_the_next_step(start: Start
         executor.launch(PLANS[0])
 
 
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]"), RankDeadError),
-        (DeviceMemoryError("a step of 5 tokens"), RankDeadError),
-        (RuntimeError("an index is out of range"), RuntimeError),
-    ],
-)
-def test_what_fails_in_a_step(start: Start, error: Exception, kind: type[Exception]) -> None:
+def test_what_fails_in_a_step(start: Start) -> None:
     group = start()
     group.wait_loaded()
-    with pytest.raises(kind) as caught:
-        RankedExecutor(OwnRank(error), group).launch(PLANS[0])
-    assert (caught.value is error) == (kind is RuntimeError)
+    lost = (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]"), DeviceMemoryError("a step of 5 tokens"))
+    for error in lost:
+        with pytest.raises(RankDeadError):
+            RankedExecutor(OwnRank(error), group).launch(PLANS[0])
+    own = RuntimeError("an index is out of range")
+    with pytest.raises(RuntimeError) as caught:
+        RankedExecutor(OwnRank(own), group).launch(PLANS[0])
+    assert caught.value is own
 
 
 def test_ranks_end_with_rank_0_even_when_they_hang(start: Start, tmp_path: Path) -> None:

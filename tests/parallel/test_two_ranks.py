@@ -14,8 +14,8 @@ from quire.outputs import RequestOutput
 OPTIONS: dict[str, Any] = {"num_blocks": 60, "max_model_len": 256, "threads": 1, "dtype": "float32"}
 PROMPTS = [list(range(5, 75)), [3, 4, 5]]
 PARAMS = [
-    SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True),
-    SamplingParams(temperature=0.8, seed=3, n=2, max_tokens=60, ignore_eos=True, repetition_penalty=1.2),
+    SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=0.8, seed=3, n=2, max_tokens=24, ignore_eos=True, repetition_penalty=1.2),
 ]
 
 

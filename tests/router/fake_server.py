@@ -99,6 +99,10 @@ class FakeServer:
             await self._whole(writer, 200, json.dumps({"data": [{"id": self.model}]}).encode())
         elif path.startswith("/health"):
             await self._whole(writer, self.ready, b"{}")
+        elif path == "/tokenize":  # a token for each byte, as in the events of the tests
+            given = json.loads(body)
+            text = given.get("prompt") or "".join(each["content"] for each in given["messages"])
+            await self._whole(writer, 200, json.dumps({"tokens": list(text.encode())}).encode())
         elif "x-quire-prompt" in headers and self.block_size:
             prompt = json.loads(body)["prompt"]
             blocks = {"model": self.model, "block_size": self.block_size, "num_tokens": 40, "hashes": "AAAAAAAAAAE="}

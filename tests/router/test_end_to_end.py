@@ -1,12 +1,14 @@
 """Two real servers behind the router; one of them is killed under streams."""
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-from openai import OpenAI
+import pytest
+from openai import OpenAI, OpenAIError
 
 from tests.router.processes import Process, start_all
 
@@ -45,7 +47,47 @@ def test_streams_of_a_killed_server_go_on_with_the_same_tokens() -> None:
             assert state["resumed_streams"] >= 1
             assert state["cut_streams"] == 0
             assert [each["is_up"] for each in state["replicas"]] == [False, True]
-            assert router.stop() == 0
+            kill_a_router(router, servers[1], routed, model, dict(zip(dict(REQUESTS), wanted, strict=True)))
+
+
+def kill_a_router(router: Process, server: Process, client: OpenAI, model: str, wanted: dict[str, list[Any]]) -> None:
+    """Its clients ask again, and get their answers; the engine drops what the dead router had sent."""
+    names = list(wanted)[:3]
+    num_before = metric(server, "generation_tokens_total")
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(len(names)) as pool:
+        asked = [pool.submit(answer, client, model, name, dict(REQUESTS)[name], begun) for name in names]
+        for _ in names:
+            assert begun.acquire(timeout=60)
+        port = router.port
+        router.kill()
+        for each in asked:
+            with pytest.raises((OpenAIError, httpx.HTTPError)):
+                each.result(60)
+        await_idle(server)
+        num_wanted = sum(len(choice[1]) for name in names for choice in wanted[name][0])
+        assert metric(server, "generation_tokens_total") - num_before < num_wanted / 2
+        with Process("router", "--backends", server.url) as second:
+            second.start(port)
+            second.await_ready()
+            again = [pool.submit(answer, client, model, name, dict(REQUESTS)[name]) for name in names]
+            assert [each.result(120) for each in again] == [wanted[name] for name in names]
+            await_idle(server)
+            assert second.stop() == 0
+
+
+def await_idle(server: Process) -> None:
+    deadline = time.monotonic() + 60
+    while metric(server, "num_requests_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def metric(server: Process, name: str) -> int:
+    text = httpx.get(f"{server.url}/metrics").text
+    found = re.search(rf"^quire:{name}(?:\{{.*?\}})? (\d+)", text, re.MULTILINE)
+    assert found is not None, name
+    return int(found[1])
 
 
 def answer(

@@ -144,7 +144,7 @@ def test_damage_that_one_engine_does_is_a_miss_for_the_other(join: Join, tmp_pat
     else:
         content[8 : 8 + FINGERPRINT_BYTES] = OTHER
         path.write_bytes(content)
-    assert read(other, 0) == "corrupt"
+    assert read(other, 0) in ("corrupt", "missing"), "a short file may already be removed by an engine that looked"
     assert read(one, 0) == "missing", "removed by the one that saw it"
     assert save(other, 0)
     assert read(one, 0) == content_of(0)

@@ -58,7 +58,8 @@ def test_equals_plain_loops(requests: list[tuple[SamplingParams, list[int], list
     for row, (param, prompt, output) in zip(expected, requests, strict=True):
         states.append(SamplingState(param, prompt, output, 0, 0, STOP, VOCAB_SIZE))
         edit_plainly(row, param, prompt, output)
-    LogitEdits(states, VOCAB_SIZE).apply(logits)
+    edits = LogitEdits(states, VOCAB_SIZE)
+    edits.apply(logits, edits.read())
     np.testing.assert_array_equal(logits, expected)
 
 
@@ -70,7 +71,7 @@ def test_edits_follow_the_states_as_they_grow() -> None:
     for token_id in (5, 6, 5, 5):
         logits, expected = np.ones((1, VOCAB_SIZE), np.float32), np.ones(VOCAB_SIZE, np.float32)
         edit_plainly(expected, params, [], output)
-        edits.apply(logits)
+        edits.apply(logits, edits.read())
         np.testing.assert_array_equal(logits[0], expected)
         state.append(token_id)
         output.append(token_id)
@@ -84,6 +85,7 @@ def test_a_fault_does_not_hide_behind_a_mask(fault: float) -> None:
     ]
     logits = np.zeros((3, VOCAB_SIZE), np.float32)
     logits[:2, STOP[0]] = fault
-    LogitEdits(states, VOCAB_SIZE).apply(logits)
+    edits = LogitEdits(states, VOCAB_SIZE)
+    edits.apply(logits, edits.read())
     assert np.isnan(logits[:2]).all()
     assert (logits[2] == 0).all()

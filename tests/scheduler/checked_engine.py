@@ -6,7 +6,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from quire.config import SpeculativeConfig
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.kv_cache.states import StatePool
@@ -18,6 +17,7 @@ from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence, SequenceGroup
+from quire.speculative_config import SpeculativeConfig
 from quire.step import StepPlan, StepResult, TokenLogprobs
 from quire.structured_outputs import StructuredOutputsParams
 from tests.scheduler.fake_runner import EOS, NOTHING, STOP_TOKEN, FakeRunner, alone, kv_of_all, next_token

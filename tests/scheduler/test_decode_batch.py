@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from quire.config import SpeculativeConfig
 from quire.scheduler.draft_planner import DraftPlanner
+from quire.speculative_config import SpeculativeConfig
 from quire.step import StepPlan, StepResult
 from tests.scheduler.checked_engine import Engine, new_request
 from tests.scheduler.fake_runner import EOS, STOP_TOKEN

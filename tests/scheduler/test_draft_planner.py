@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from quire.config import SpeculativeConfig
 from quire.scheduler.draft_planner import Candidate, DraftPlanner
+from quire.speculative_config import SpeculativeConfig
 
 LOOP = [1, 2, 3, 4, 5, 6, 7] * 3
 RANDOM = list(range(100, 150))

@@ -2,15 +2,15 @@
 
 import pytest
 
-from quire import config
-from quire.config import SpeculativeConfig
+from quire import speculative_config
 from quire.scheduler.acceptance import Draft
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.proposers import PROPOSERS
+from quire.speculative_config import SpeculativeConfig
 
 
 def test_every_method_of_the_config_has_a_row() -> None:
-    assert tuple(PROPOSERS) == config.SPECULATIVE_METHODS
+    assert tuple(PROPOSERS) == speculative_config.SPECULATIVE_METHODS
 
 
 @pytest.mark.parametrize("method", PROPOSERS)
@@ -30,7 +30,7 @@ def test_drafts_of_a_kind_are_expected_to_fare_alike(monkeypatch: pytest.MonkeyP
             return Draft([last + 1, last + 2], kind=1) if last % 2 else Draft([0, 0], kind=2)
 
     monkeypatch.setitem(PROPOSERS, "counts up", lambda config: CountsUp())
-    monkeypatch.setattr(config, "SPECULATIVE_METHODS", ("counts up",))
+    monkeypatch.setattr(speculative_config, "SPECULATIVE_METHODS", ("counts up",))
     planner = DraftPlanner(SpeculativeConfig(method="counts up"))
     for _ in range(9):
         planner.times.measure(1, 1.0, 0.0)

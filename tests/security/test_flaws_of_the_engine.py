@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations
 from typing import Any
@@ -18,7 +18,9 @@ from quire.grammar.cache import GrammarCache
 from quire.grammar.compiled import Grammar
 from quire.outputs import RequestOutput
 from quire.request import Request
+from quire.sampling.logit_edits import LogitEdits
 from quire.sampling.sampler import Sampler
+from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import GrammarState
 from tests.engine.test_core import ScriptedExecutor, make_core, run
 
@@ -215,6 +217,49 @@ def test_a_faulty_row_ends_one_sample_alone(
         else:
             assert tokens([found]) == tokens([expected])
             assert found.outputs[0].logprobs == expected.outputs[0].logprobs
+
+
+@pytest.mark.parametrize("when", ["each step", "first step"])
+def test_a_fault_of_the_sampler_ends_one_sample_alone(when: str, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception while a row's state is read. Its neighbours have edits that would show if they were made twice."""
+    options: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.7, "frequency_penalty": 0.4},
+        {"logit_bias": {5: 3.0, 300: -2.0}},
+        {"bad_words": ("the", " and"), "min_tokens": 4},
+        {"temperature": 0.0, "logprobs": 2},
+        {"bad_words": ("e",)},
+        {"beam_width": 2, "temperature": 0.0},
+        {"allowed_token_ids": tuple(range(3, 300)), "n": 2},
+    ]
+    mixed = [seeded(number, max_tokens=12, **each) for number, each in enumerate(options)]
+    before = llm.generate([PROMPT] * len(mixed), mixed, use_tqdm=False)
+    read, make = SamplingState.banned_ids, LogitEdits.__init__
+
+    def check(states: Sequence[SamplingState], num_tokens: int) -> None:
+        if any("fault" in state.params.extra and len(state.output_token_ids) >= num_tokens for state in states):
+            raise KeyError("a fault of one row")
+
+    def reads(self: SamplingState) -> list[int]:
+        check([self], 3)
+        return read(self)
+
+    def makes(self: LogitEdits, states: Sequence[SamplingState], vocab_size: int) -> None:
+        check(states, 0)
+        make(self, states, vocab_size)
+
+    if when == "each step":
+        monkeypatch.setattr(SamplingState, "banned_ids", reads)
+    else:
+        monkeypatch.setattr(LogitEdits, "__init__", makes)
+    mixed[4] = mixed[4].with_changes(extra={"fault": "yes"})
+    after = llm.generate([PROMPT] * len(mixed), mixed, use_tqdm=False)
+    (broken,) = after[4].outputs
+    assert (broken.finish_reason, len(broken.token_ids) < 12) == ("error", True)
+    assert broken.error is not None
+    assert "the sampler failed for this sample (KeyError)" in broken.error
+    others = [number for number in range(len(mixed)) if number != 4]
+    assert tokens([after[number] for number in others]) == tokens([before[number] for number in others])
+    assert after[3].outputs[0].logprobs == before[3].outputs[0].logprobs
 
 
 def test_a_grammar_that_breaks_in_use_ends_one_sample_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,9 @@ class ScriptedEngine:
             async for output in self._outputs(prompt, params):
                 if timeout is not None and time.monotonic() - started > timeout:
                     raise DeadlineError(f"the request was not finished within its {timeout:g} seconds")
-                if tap is not None and self.taps and not output.finished and tap(output):
+                if tap is not None and self.taps and _only_texts(output) and tap.ready():
+                    for sample in output.outputs:
+                        tap.add(sample.index, sample.text, sample.token_ids[0], time.monotonic())
                     self.num_tapped += 1
                     continue
                 finished = output.finished
@@ -280,3 +282,9 @@ class ScriptedEngine:
                 other = (token + rank) % 256
                 position[other] = Logprob(-float(rank), rank, tokenizer.id_to_text(other))
         return position
+
+
+def _only_texts(output: RequestOutput) -> bool:
+    """Whether nothing but texts comes of the tokens of an output."""
+    samples = output.outputs
+    return bool(samples) and all(sample.finish_reason is None and sample.logprobs is None for sample in samples)

@@ -180,7 +180,7 @@ def test_what_stands_inside_a_text_is_no_value(text: str, rest: dict[str, str]) 
     ("what", "values"), [("commas", [1] * 260_000), ("lists", [[1]] * 60_000), ("texts", ["\\"] * 40_000)]
 )
 def test_too_many_values_beside_a_text_are_refused(text: str, what: str, values: list[Any]) -> None:
-    with pytest.raises(Refusal, match=rf"the body holds \d+,\d+ {what}; at most"):
+    with pytest.raises(Refusal, match=rf"the body holds more than \d+,\d+ {what}, the most"):
         check_shape(json.dumps({"prompt": text, "x": values, "y": text}).encode())
 
 

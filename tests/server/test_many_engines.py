@@ -137,6 +137,18 @@ def test_a_client_that_leaves_ends_its_request_in_the_engine() -> None:
     asyncio.run(run())
 
 
+def test_the_server_is_ready_when_all_engines_are() -> None:
+    async def run() -> None:
+        engines, scripted = await started(2)
+        assert (engines.state, engines.advances) == ("ready", True)
+        scripted[1].state = "loading"
+        assert (engines.state, engines.advances) == ("loading", False)
+        scripted[1].state = "restarting"
+        assert (engines.state, engines.advances) == ("ready", True)
+
+    asyncio.run(run())
+
+
 def test_an_engine_that_is_away_gets_nothing_new() -> None:
     async def run() -> None:
         engines, scripted = await started(2)

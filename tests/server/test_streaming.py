@@ -130,7 +130,7 @@ def test_work_is_cancelled_with_its_request() -> None:
     [
         ("/v1/chat/completions", CHAT),
         ("/v1/chat/completions", {**CHAT, "n": 2, "stream_options": {"include_usage": True}}),
-        ("/v1/completions", {"prompt": "x", "logprobs": 1}),
+        ("/v1/completions", {"prompt": "x", "echo": True, "return_token_ids": True}),
         ("/v1/responses", {"input": "x", "store": False}),
         ("/v1/messages", {**CHAT, "max_tokens": 100}),
         ("/api/chat", CHAT),

@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Group
 
 from quire import __version__
 from quire.cli.configuration import read_configuration
+from quire.cli.pasted_flags import gather_rare, join_dotted
 from quire.errors import CheckpointError, ConfigError, MemoryPlanError, QuireError, RequestError
 
 _ABOUT = "Serve large language models: paged KV cache, continuous batching, an OpenAI-compatible server."
@@ -132,6 +133,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one subcommand and return its status."""
     try:
         app = make_app()
+        arguments = gather_rare(join_dotted(arguments))
         read_configuration(app, arguments)
         status = app(list(arguments) or ["--help"], print_error=False, exit_on_error=False, help_on_error=False)
         return status if isinstance(status, int) else 0

@@ -59,7 +59,7 @@ async def _stream(config: EngineConfig, prompt: str, values: dict[str, Any], *, 
 
     engine = AsyncLLM(config, report=lambda line: print(line, file=sys.stderr) if verbose else None)
     try:
-        await engine.start()
+        await engine.start(warm=False)  # one text needs neither chats nor grammars
         await engine.wait_ready()
         params = SamplingParams(**{**engine.default_params, **values})
         async for output in engine.generate(prompt, params):

@@ -2,19 +2,23 @@
 
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from cyclopts import Group, Parameter
 
+from quire.cli.pasted_flags import RARE_FLAG
 from quire.config import OPTION_ALIASES, EngineConfig
 from quire.server.settings import ServerSettings
 from quire.simulation.settings import SimulationSettings
 from quire.vllm_options import FOREIGN_OPTIONS, ForeignOption
+from quire.vllm_rare_options import SHORT_FLAGS, TRANSLATED_OPTIONS
 
 ModelArgument = Annotated[str, Parameter(show_default=False)]
 OutputJson = Annotated[Path | None, Parameter(help="Also write the result to this file, as JSON.")]
@@ -41,6 +45,8 @@ _ENVIRONMENT = {
 }
 _SEVERAL = frozenset({"lora_modules"})
 """Flags that take several values at once, as in vLLM."""
+_TRANSLATED = ForeignOption((), "")
+_RARE = RARE_FLAG.removeprefix("--").replace("-", "_")
 _GROUPS = {
     EngineConfig: Group("Engine", sort_key=1),
     ServerSettings: Group("Server", sort_key=2),
@@ -61,7 +67,8 @@ def flags(*configs: type, without: frozenset[str] = frozenset({"model"})) -> Cal
         made = [_flag(config, field) for config, field in _fields(configs) if field.name not in without]
         taken = {parameter.name for parameter in own + made}
         if EngineConfig in configs:
-            made += [_hidden_flag(*item) for item in FOREIGN_OPTIONS.items() if item[0] not in taken]
+            hidden = {**FOREIGN_OPTIONS, **dict.fromkeys((*TRANSLATED_OPTIONS, _RARE), _TRANSLATED)}
+            made += [_hidden_flag(*item) for item in hidden.items() if item[0] not in taken]
         command.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
         return command
 
@@ -79,10 +86,13 @@ def split(options: dict[str, Any], *configs: type) -> list[dict[str, Any]]:
             parts[config][field.name] = options[field.name]
     if EngineConfig in parts:
         known = {field.name for _, field in _fields(configs)}
-        parts[EngineConfig] |= {name: options[name] for name in (options.keys() & FOREIGN_OPTIONS.keys()) - known}
+        foreign = options.keys() & (FOREIGN_OPTIONS.keys() | TRANSLATED_OPTIONS.keys())
+        parts[EngineConfig] |= {name: options[name] for name in foreign - known}
+        parts[EngineConfig] |= json.loads(options.get(_RARE) or "{}")
     return list(parts.values())
 
 
+@cache
 def field_docs(config: type) -> dict[str, str]:
     """The docstring below each field, by name; a subclass overrides those of its base."""
     docs: dict[str, str] = {}
@@ -96,6 +106,11 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
+@cache
+def _field_types(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
 def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
     """(class, field) for every flag; each name once."""
     by_name: dict[str, tuple[type, Field[Any]]] = {}
@@ -106,8 +121,9 @@ def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
 
 
 def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
-    kind = _TEXTS.get(field.name) or get_type_hints(config)[field.name]
+    kind = _TEXTS.get(field.name) or _field_types(config)[field.name]
     names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == field.name]
+    names += [SHORT_FLAGS[field.name]] if field.name in SHORT_FLAGS else []
     group: dict[str, Any] = {"group": _GROUPS[config]} if config in _GROUPS else {}  # None would hide the flag
     about = Parameter(
         help=field_docs(config).get(field.name, ""),
@@ -128,6 +144,5 @@ def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
 def _hidden_flag(name: str, option: ForeignOption) -> inspect.Parameter:
     """A flag for an option of vLLM that Quire lacks. The help leaves it out; `EngineConfig.from_options` checks it."""
     kind: Any = bool | None if option.is_switch else int | float | str | None
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, Parameter(show=False)]
-    )
+    about = Parameter(show=False, alias=SHORT_FLAGS.get(name, ()))
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, about])

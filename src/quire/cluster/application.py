@@ -31,6 +31,7 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=_STARTS,
+        max_surge_percent=options.cluster.max_surge_percent,
         **_scale(options.cluster),
     )
     router = serve.deployment(
@@ -40,6 +41,7 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
+        max_surge_percent=100,  # an update stops the old router when the new one can answer
     )
     return router.bind(options, replicas.bind(options))
 

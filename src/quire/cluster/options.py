@@ -38,6 +38,10 @@ class ClusterSettings:
     downscale_delay: float = 600.0
     """Seconds that replicas must be idle before some are drained and ended."""
 
+    max_surge_percent: int = 0
+    """Extra replicas during a rolling update, in percent. Above 0, old ones serve until new ones are ready, which needs
+    room for both; 0 stops old ones first."""
+
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= 4096:
             raise ConfigError(f"replicas is {self.replicas}; it must be from 1 to 4096")
@@ -46,6 +50,8 @@ class ClusterSettings:
         for name, end in (("num_cpus", 1e4), ("num_gpus", 1e4), ("upscale_delay", 1e6), ("downscale_delay", 1e6)):
             if not 0 <= getattr(self, name) < end:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below {end:.0f}")
+        if not 0 <= self.max_surge_percent <= 100:
+            raise ConfigError(f"max_surge_percent is {self.max_surge_percent}; it must be from 0 to 100")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
         if not self.target_queue_seconds > 0 or not 0 < self.target_kv_share <= 1:

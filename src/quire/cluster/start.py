@@ -27,26 +27,35 @@ _ENVIRONMENT = {
 """For a Ray that starts here. What the user's environment says goes first."""
 
 
+_STARTS = 3
+"""Ray gives its own agents 15 seconds to start, which a busy machine exceeds. The next time they start faster."""
 _LOOK_SECONDS, _MISSED_LOOKS = 2.0, 5
 """Seconds between looks at the head node, and looks without an answer after which it is dead."""
 
 
 def join_ray(address: str | None) -> None:
     """Join the Ray cluster at `address`, or start one here. Raises `ConfigError` if that cannot be done."""
-    if address is None:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-    try:
-        # Ray's dashboard is a process of its own, which only Ray's other tools need.
-        given: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
-        ray.init(**given, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
-    except Exception as error:  # Ray raises plain exceptions too
-        raise ConfigError(
-            f"no Ray cluster answers at {address}: {_reason(error)}. Start its head node with `ray start --head`, or "
-            "leave out --address to start one here"
-            if address
-            else f"Ray cannot be started here: {_reason(error)}"
-        ) from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
+    if address is not None:
+        try:
+            ray.init(address=address, **quiet)
+        except Exception as error:  # Ray raises plain exceptions too
+            raise ConfigError(
+                f"no Ray cluster answers at {address}: {_reason(error)}. Start its head node with `ray start --head`, "
+                "or leave out --address to start one here"
+            ) from None
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for attempt in range(_STARTS):
+        try:
+            # Ray's dashboard is a process of its own, which only Ray's other tools need.
+            ray.init(include_dashboard=False, **quiet)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == _STARTS - 1:
+                raise ConfigError(f"Ray cannot be started here: {_reason(error)}") from None
 
 
 def start_serve(host: str | None, port: int | None) -> str:

@@ -78,6 +78,9 @@ class _Visitor:
             self._visit(f"{name}.bias", stored.bias)
         return stored
 
+    def release(self, tensor: Tensor) -> None:
+        self._source.release(tensor)
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._source.finish(ignored)
 

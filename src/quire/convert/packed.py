@@ -107,6 +107,9 @@ class PackingRecorder:
             self._write(f"{name}.bias", stored.bias)
         return replace(stored, weight=self._marks.of(name, shape))
 
+    def release(self, tensor: Tensor) -> None:
+        """Pages go back when the system needs them."""
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._source.finish(ignored)
 

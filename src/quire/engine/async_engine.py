@@ -108,9 +108,10 @@ class AsyncLLM:
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self, *, reserved: int = 0, memory: int | None = None) -> None:
+    async def start(self, *, reserved: int = 0, memory: int | None = None, warm: bool = True) -> None:
         """Plan the memory, start the engine process, read the tokenizer. Weights go on loading when this returns.
-        `reserved` bytes of the host's memory belong to another engine; or `memory` bytes are this one's.
+        `reserved` bytes of the host's memory belong to another engine; or `memory` bytes are this one's. `warm` also
+        starts the processes for chats and grammars, which otherwise start when they are needed.
 
         Raises the errors of `quire.errors` for what can be known without loading.
         """
@@ -130,7 +131,8 @@ class AsyncLLM:
             await asyncio.to_thread(self.tokenizer.most_chars, 1)  # reads the vocabulary, before a request needs it
         try:
             self.chat_template = ChatTemplateProcess(folder, report=self._report)
-            self.chat_template.warm()
+            if warm:
+                self.chat_template.warm()
         except CheckpointError as error:
             # The model can still complete texts.
             self._report(f"no chat: {error}")
@@ -145,7 +147,7 @@ class AsyncLLM:
         self._report(describe_tokenizer(self.tokenizer, time.perf_counter() - started))
         self.images = ImageSupport.of(self.config, self._model_config, self.tokenizer)
         self._grammar_checker = AsyncGrammarChecker(GrammarChecker.for_model(self.config, self._model_config, folder))
-        if self.tokenizer is not None:
+        if warm and self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.
             self._grammar_checker.warm()
 

@@ -152,8 +152,11 @@ def kernel_name(config: EngineConfig, plan: MemoryPlan, kernels: Kernels) -> str
 def load_weights(target: Target, preloader: Preloader) -> tuple[Model, bool]:
     """The model, and whether its weights came packed from the cache; else they are now being stored there."""
     preloader.finish()
-    packed = None if preloader.memory is None else PackedWeights(preloader.memory, preloader.stored)
-    model = _load_model(target, packed)
+    source = _open(target)
+    packed = None
+    if preloader.memory is not None:
+        packed = PackedWeights(preloader.memory, preloader.stored, source.release)
+    model = _load_model(target, source, packed)
     if target.plan.kv_cache_dtype == "fp8_e4m3":
         model.scale_kv()
     # Blocks of a GGUF file are not packed at all.
@@ -163,14 +166,8 @@ def load_weights(target: Target, preloader: Preloader) -> tuple[Model, bool]:
     return model, from_cache
 
 
-def _load_model(target: Target, packing: Packing | None) -> Model:
-    config, plan = target.config, target.plan
-    float32_activations = BACKENDS[plan.attention_backend].float32_activations
-    made_on = torch.device("cpu") if float32_activations else target.device
-    dummy = config.load_format == "dummy"
-    source: TensorSource = RandomWeights(config.seed, device=made_on) if dummy else _open(target)
-    if not float32_activations:
-        source = DeviceWeights(source, target.device, getattr(torch, plan.dtype))
+def _load_model(target: Target, source: TensorSource, packing: Packing | None) -> Model:
+    plan = target.plan
     stored_as = plan.quantization or plan.dtype
     return load_model(
         target.model_config,
@@ -185,7 +182,14 @@ def _load_model(target: Target, packing: Packing | None) -> Model:
 
 
 def _open(target: Target) -> TensorSource:
-    return open_checkpoint(target.folder, target.model_config.stored)
+    config, plan = target.config, target.plan
+    float32_activations = BACKENDS[plan.attention_backend].float32_activations
+    source: TensorSource
+    if config.load_format == "dummy":
+        source = RandomWeights(config.seed, device=torch.device("cpu") if float32_activations else target.device)
+    else:
+        source = open_checkpoint(target.folder, target.model_config.stored)
+    return source if float32_activations else DeviceWeights(source, target.device, getattr(torch, plan.dtype))
 
 
 def make_slots(target: Target, adapters: ModelAdapters) -> AdapterSlots:

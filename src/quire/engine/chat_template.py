@@ -23,6 +23,7 @@ from quire.engine.message_contents import ContentForms, plain_message, render_co
 from quire.engine.tokenizer import MAX_PROMPT_CHARS, read_special_tokens
 from quire.engine.tokenizer_files.added_tokens import CONFIG_FILE, read_optional
 from quire.errors import CheckpointError, RequestError
+from quire.model_config.file_kinds import is_file
 
 MAX_LOOP_TURNS = 1_000_000
 """Most turns of all loops in one rendering; some hundred per message are usual."""
@@ -150,7 +151,7 @@ def _compile(environment: "_Environment", name: str, source: str) -> Template:
 def read_sources(folder: Path) -> tuple[dict[str, str], str]:
     """Name → template, and the file that they come from."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if is_file(path):
         try:
             return {"default": path.read_text(encoding="utf-8")}, str(path)
         except (OSError, UnicodeDecodeError) as error:

@@ -12,6 +12,7 @@ from quire.engine.model_sources.packages import find_package
 from quire.errors import CheckpointError, RequestError
 from quire.gguf.file import find_gguf, is_gguf, read_gguf
 from quire.model_config import ModelConfig, read_json
+from quire.model_config.file_kinds import is_file
 from quire.model_config.gguf_config import sampling_of
 from quire.models.stored.sizes import count_kept
 from quire.sampling_params import SamplingParams
@@ -59,6 +60,13 @@ def checkpoint_in(folder: Path) -> Path:
     return find_gguf(folder) or folder
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights; `folder` may be a GGUF file."""
+    if is_gguf(folder):
+        return list(read_gguf(folder).files)
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+
+
 def read_model_config(folder: Path) -> ModelConfig:
     """A model's config, and how much of it its files hold in few bits. Raises `CheckpointError` for what is missing or
     not supported."""
@@ -89,7 +97,7 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
     if config.generation_config == "none":
         return {}
     params: dict[str, Any] = dict(SHORT_NAME_SAMPLING.get(config.model, {}))
-    if not path.is_file():
+    if not is_file(path):
         return params
     found = sampling_of(read_gguf(path)) if path == folder else read_json(path)
     params |= {name: found[name] for name in _DEFAULT_PARAMS if found.get(name) is not None}

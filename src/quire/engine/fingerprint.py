@@ -14,7 +14,7 @@ from quire import __version__
 from quire.config import EngineConfig
 from quire.engine.memory_plan import MemoryPlan
 from quire.gguf.file import is_gguf, read_gguf
-from quire.runner.disk_blocks import FINGERPRINT_BYTES
+from quire.runner.disk_folder import FINGERPRINT_BYTES
 
 KV_LAYOUT = "as the backend has it, layer after layer"
 _MAX_HEADER_BYTES = 100_000_000

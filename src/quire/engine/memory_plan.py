@@ -11,7 +11,7 @@ from quire.backends import BACKENDS, Backend, choose_backend, has_package
 from quire.config import EngineConfig
 from quire.engine.device import Device, check_devices, find_device
 from quire.engine.image_memory import NO_IMAGES, TEXT_TOKENS, ImageMemory
-from quire.engine.memory_budget import StorageChoice, make_budget
+from quire.engine.memory_budget import MemoryBudget, StorageChoice, make_budget
 from quire.engine.memory_refusals import (
     check_backend,
     check_context,
@@ -23,7 +23,7 @@ from quire.engine.memory_refusals import (
     with_packed_form,
 )
 from quire.engine.memory_sizes import available_memory, show_bytes
-from quire.engine.state_memory import plan_states
+from quire.engine.state_memory import StateMemory, plan_states
 from quire.errors import ConfigError
 from quire.kv_groups import KVGroup, describe_groups, most_blocks, window_alignment
 from quire.model_config import ModelConfig
@@ -215,17 +215,7 @@ def plan_memory(
     share = 1.0 if on_card else KV_SHARE
     states = plan_states(config, model, budget, share)
     budget = replace(budget, states=states.num_bytes)
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-    elif config.kv_cache_memory is not None:
-        num_blocks = config.kv_cache_memory // budget.block
-    else:
-        # All sequences at full length could never fill more, with the blocks that they give back.
-        useful = states.max_num_seqs * -(-longest // block_size)
-        if model.is_encoder:  # nothing outlives a step, and admission leaves some blocks free
-            useful = (choice.max_num_batched_tokens // block_size + states.max_num_seqs) * 17 // 16 + 1
-        useful *= len(budget.layout.groups)
-        num_blocks = min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
+    num_blocks = _count_blocks(config, model, choice, budget, states, longest, share)
     alignment = window_alignment(block_size, batch_invariant=config.deterministic)
     check_pool(config, budget, num_blocks, block_size, alignment)
     max_model_len = budget.layout.longest(num_blocks, longest, block_size, alignment)
@@ -263,6 +253,28 @@ def plan_memory(
         else config.async_scheduling,
         num_ranks=num_ranks,
     )
+
+
+def _count_blocks(
+    config: EngineConfig,
+    model: ModelConfig,
+    choice: StorageChoice,
+    budget: MemoryBudget,
+    states: StateMemory,
+    longest: int,
+    share: float,
+) -> int:
+    """Blocks of the pool: as asked for, else as many as `share` of the memory left holds and sequences could fill."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory // budget.block
+    # All sequences at full length could never fill more, with the blocks that they give back.
+    useful = states.max_num_seqs * -(-longest // choice.block_size)
+    if model.is_encoder:  # nothing outlives a step, and admission leaves some blocks free
+        useful = (choice.max_num_batched_tokens // choice.block_size + states.max_num_seqs) * 17 // 16 + 1
+    useful *= len(budget.layout.groups)
+    return min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
 
 
 def _describe_stored(model: ModelConfig, choice: StorageChoice) -> str:

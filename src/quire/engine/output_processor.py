@@ -142,19 +142,27 @@ class OutputProcessor:
     ) -> bool:
         """What `_take` does for one token, in the case of nearly all: a stream's next token, and no stop strings.
         Returns False for others."""
-        state = self._states.get(request_id)
-        sample = state.live.get(index) if state is not None else None
-        if state is None or sample is None or sample.next_text is None or state.whole is not None:
+        text = self.next_text(request_id, index, token_id, now)
+        if text is None:
             return False
         output = outputs.get(request_id)
         if output is None:
-            metrics = state.metrics
-            metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
+            state = self._states[request_id]
             output = outputs[request_id] = state.open()
             output.num_cached_tokens = state.num_cached_tokens
-        output.outputs.append(CompletionOutput(index, sample.next_text(token_id), [token_id]))
-        sample.num_tokens += 1
+        output.outputs.append(CompletionOutput(index, text, [token_id]))
         return True
+
+    def next_text(self, request_id: str, index: int, token_id: int, now: float) -> str | None:
+        """The text of a sample's next token, if nothing but a text comes of it; else None, and nothing changes."""
+        state = self._states.get(request_id)
+        sample = state.live.get(index) if state is not None else None
+        if state is None or sample is None or sample.next_text is None or state.whole is not None:
+            return None
+        metrics = state.metrics
+        metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
+        sample.num_tokens += 1
+        return sample.next_text(token_id)
 
     def _take(
         self, delta: SequenceDelta, now: float, outputs: dict[str, RequestOutput], stopped: list[tuple[str, int]]

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.engine.checkpoint import weight_files
 from quire.engine.device import usable_cores
 from quire.engine.fingerprint import weights_fingerprint
 from quire.engine.malloc_arena import MallocArena
 from quire.engine.memory_plan import MemoryPlan
-from quire.gguf.file import is_gguf, read_gguf
 from quire.model_config import ModelConfig
 from quire.model_config.divided import divide
 from quire.models.weights_cache import PackedTensor, WeightsCache
@@ -88,7 +88,7 @@ class Preloader:
             ctypes.memset(address + begin, 0, min(_PIECE_BYTES, len(memory) - begin))
 
     def _read(self, folder: Path) -> None:
-        for path in read_gguf(folder).files if is_gguf(folder) else sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             if not hasattr(os, "posix_fadvise"):
                 return
             with contextlib.suppress(OSError), path.open("rb") as file:  # the load itself will report the error

@@ -31,8 +31,15 @@ QUARANTINE_SECONDS = 600.0
 """Seconds for which the content of a request that killed the engine is refused."""
 
 
-Tap = Callable[[RequestOutput], bool]
-"""Takes an output in the pass that delivers it, and returns True; False leaves it to the consumer of the stream."""
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Takes tokens in the pass that delivers them, and spares a switch of tasks for each. It gets the tokens of which
+    nothing but a text comes, while the consumer waits and holds no output, so that their order stays."""
+
+    ready: Callable[[], bool]
+    """Whether it can take a token now."""
+    add: Callable[[int, str, int, float], None]
+    """Takes (index of the sample, text, token, time)."""
 
 
 @dataclass(slots=True)
@@ -50,8 +57,6 @@ class Stream:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when `next` has something to return or to raise."""
     tap: Tap | None = None
-    """Spares a switch of tasks for each output. It gets outputs only while the consumer waits and holds none, so that
-    their order stays, and never the last one."""
     is_awaited: bool = False
     """The consumer waits in `next`."""
     replayed: RequestOutput | None = None
@@ -180,10 +185,7 @@ class RequestStreams:
 
     def deliver(self, deltas: StepDeltas) -> int:
         """Add the results of a step to the streams; returns how many requests it finished."""
-        for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
-            stream = self._streams.get(request_id)
-            if stream is not None and index in stream.live:
-                stream.live[index].append(token_id)
+        rest = self._deliver_tokens(deltas)
         for delta in deltas.others:
             stream = self._streams.get(delta.request_id)
             if stream is not None:
@@ -192,33 +194,44 @@ class RequestStreams:
             self._progress = True
             if self._blame.has_suspects:
                 self._clear(*{delta.request_id for delta in deltas})
-        outputs, stopped = self._outputs.process(deltas)
+        outputs, stopped = self._outputs.process(rest)
         for request_id, index in stopped:
             self._streams[request_id].live.pop(index, None)
         if stopped:
             self._send(Stop(stopped))
-        num_finished = 0
         for output in outputs:
             stream = self._streams[output.request_id]
-            if stream.output is not None:
-                stream.output.extend(output)
-            elif stream.tap is not None and stream.is_awaited and not output.finished and self._tapped(stream, output):
-                continue
-            else:
+            if stream.output is None:
                 stream.output = output
-            num_finished += output.finished
+            else:
+                stream.output.extend(output)
             stream.changed.set()
-        return num_finished
+        return sum(output.finished for output in outputs)
 
-    def _tapped(self, stream: Stream, output: RequestOutput) -> bool:
-        """Whether the tap has taken the output. An error of the tap ends its request alone."""
-        assert stream.tap is not None
-        try:
-            return stream.error is None and stream.tap(output)
-        except Exception as error:
-            self._abort(stream)
-            self.end(output.request_id, error)
-            return True
+    def _deliver_tokens(self, deltas: StepDeltas) -> StepDeltas:
+        """Keep the tokens of the samples that gained no more, and give them to the taps. Returns what is left. An error
+        of a tap ends its request alone."""
+        rest = StepDeltas(others=deltas.others)
+        streams, now = self._streams, time.monotonic()
+        for sample, token_id in zip(deltas.samples, deltas.token_ids, strict=True):
+            request_id, index = sample
+            stream = streams.get(request_id)
+            if stream is None or (token_ids := stream.live.get(index)) is None:
+                continue  # aborted or stopped while this token was under way
+            token_ids.append(token_id)
+            tap = stream.tap
+            if tap is not None and stream.is_awaited and stream.output is None and tap.ready():
+                text = self._outputs.next_text(request_id, index, token_id, now)
+                if text is not None:
+                    try:
+                        tap.add(index, text, token_id, now)
+                    except Exception as error:
+                        self._abort(stream)
+                        self.end(request_id, error)
+                    continue
+            rest.samples.append(sample)
+            rest.token_ids.append(token_id)
+        return rest
 
     def end(self, request_id: str, error: Exception) -> None:
         """End a stream with an error. Unknown ids are ignored."""

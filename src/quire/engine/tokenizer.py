@@ -28,7 +28,7 @@ from quire.engine.tokenizer_files.added_tokens import add_tokens, named_tokens, 
 from quire.engine.tokenizer_files.byte_alphabet import BYTE_OF_LETTER
 from quire.engine.tokenizer_files.sentencepiece import special_pieces
 from quire.gguf.file import is_gguf
-from quire.model_config.config_json import GIT_LFS_POINTER, POINTER_REFUSAL
+from quire.model_config.file_kinds import describe_content
 
 MAX_PROMPT_CHARS = 4_000_000
 """Takes a few seconds to tokenise, and is more than the longest contexts hold."""
@@ -122,9 +122,9 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TOKENIZER_FILE_BYTES:,} are read"
             )
-        with path.open("rb") as file:
-            if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
-                raise CheckpointError(f"{path} {POINTER_REFUSAL}")
+        reason = None if is_gguf(path) else describe_content(path)
+        if reason is not None:
+            raise CheckpointError(f"{path} {reason}")
         settings = read_settings(folder)
         backend = read(path, settings)
         named = {**_own_special_tokens(path, backend), **named_tokens(settings)}

@@ -17,9 +17,19 @@ _SECOND_DIGIT = 254
 """A second digit counts in parts of the first one's unit: half a unit, the most that is left, is 127 of them."""
 
 
+EXACT_INPUTS = frozenset({"Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS"})
+"""Types of blocks whose inputs have both digits everywhere: those of more bits are stored to keep the model, and codes
+with a sign cost as much with one digit. Beside the rounding of the others' weights one digit is lost."""
+
+
 def keep_blocks(matrices: Sequence[BlockMatrix]) -> BlockWeight:
-    """matrices [N_i, K], whose outputs lie side by side -> one weight with their bits, for rows of both digits."""
-    return BlockWeight(tuple(matrices), both_digits=True)
+    """matrices [N_i, K], whose outputs lie side by side -> one weight with their bits."""
+    return BlockWeight(tuple(matrices), needs_both_digits(matrices))
+
+
+def needs_both_digits(matrices: Sequence[BlockMatrix]) -> bool:
+    """Whether rows that meet these matrices have both digits in every group."""
+    return any(matrix.type_name in EXACT_INPUTS for matrix in matrices)
 
 
 def linear_blocks(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:

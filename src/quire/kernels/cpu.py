@@ -8,13 +8,14 @@ On import, the best build for this CPU that passes its self-test is chosen. QUIR
 `supported_isas()`, which must pass the test too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quire.kernels import _cpu
-from quire.kernels.allocation import zeros
+from quire.kernels.allocation import ignore, row_pieces, zeros
 from quire.kernels.block_matrix import BlockWeight
 from quire.kernels.block_products import keep_blocks
 from quire.kernels.coded import CodedMatrix, CodedWeight
@@ -82,6 +83,8 @@ __all__ = [
 
 PACKING = 4
 """Version of the packed layout. Raise it with every change of a packed weight's bytes: it is part of cache keys."""
+PIECE_BYTES = 8 << 20
+"""Bytes of a weight that are packed at a time."""
 LORA_TILE: int = _cpu.lora_tile
 
 
@@ -133,15 +136,23 @@ def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
     _cpu.copy_blocks([layer.keys for layer in layers], list(map(_stored_values, layers)), pairs)
 
 
-def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+def pack_linear(
+    weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros, done: Callable[[Tensor], None] = ignore
+) -> Tensor:
+    """`done` gets the rows that were packed, piece by piece."""
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     # The last panel may have lanes without an output, and the last bfloat16 pair an element without an input: both 0.
     depth = k + k % 2 if dtype == "bfloat16" else k
     packed = allocate((-(-num_rows // _cpu.panel), depth, _cpu.panel), dtype=getattr(torch, dtype))
+    # A pair of bfloat16 is placed as a float32 is, and one copy of 32 bits is faster than two conversions.
+    in_pairs = dtype == "bfloat16" and depth == k and all(weight.dtype == torch.bfloat16 for weight in weights)
+    target = packed.view(*packed.shape[:1], -1).view(torch.float32).view(-1, k // 2, _cpu.panel) if in_pairs else packed
     first_row = 0
-    for weight in weights:
-        _cpu.pack_linear(weight.contiguous(), packed, first_row)
-        first_row += weight.shape[0]
+    for rows in row_pieces(weights, _cpu.panel, PIECE_BYTES):
+        source = rows.contiguous()
+        _cpu.pack_linear(source.view(torch.float32) if in_pairs else source, target, first_row)
+        first_row += rows.shape[0]
+        done(rows)
     return packed
 
 
@@ -203,7 +214,13 @@ def quantize_groups(x: Tensor, group_size: int, rotates: bool = False) -> tuple[
     return padded[:, :k], scales
 
 
-def quantize_linear(weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros) -> QuantizedWeight:
+def quantize_linear(
+    weights: Sequence[Tensor],
+    stored: WeightFormat,
+    allocate: Allocate = zeros,
+    done: Callable[[Tensor], None] = ignore,
+) -> QuantizedWeight:
+    """`done` gets the rows that were packed, piece by piece."""
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     num_panels, num_pairs = -(-num_rows // _cpu.panel), -(-k // _cpu.pair_of_steps)
     num_groups = -(-k // stored.group_size)
@@ -214,9 +231,10 @@ def quantize_linear(weights: Sequence[Tensor], stored: WeightFormat, allocate: A
     else:  # an offset and a scale; before them the units, which take the bytes of two groups
         scales = allocate((num_panels, num_groups + 2, _cpu.panel, 2), dtype=torch.uint8)
     first_row = 0
-    for weight in weights:
-        _cpu.quantize_linear(weight.contiguous(), packed, scales, *_form(stored), first_row)
-        first_row += weight.shape[0]
+    for rows in row_pieces(weights, _cpu.panel, PIECE_BYTES):
+        _cpu.quantize_linear(rows.contiguous(), packed, scales, *_form(stored), first_row)
+        first_row += rows.shape[0]
+        done(rows)
     return QuantizedWeight(packed, scales, stored)
 
 
@@ -235,8 +253,15 @@ def linear_coded(x: Tensor, weight: CodedWeight, bias: Tensor | None, num_output
     return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
 
 
-def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
-    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, pack_coded)
+def pack_experts(
+    matrices: ExpertMatrices,
+    stored: str | WeightFormat,
+    allocate: Allocate = zeros,
+    done: Callable[[Tensor], None] = ignore,
+) -> ExpertWeight:
+    """`done` gets the rows that were packed, piece by piece, where they were floats."""
+    pack, quantize = partial(pack_linear, done=done), partial(quantize_linear, done=done)
+    return pack_each(matrices, stored, allocate, pack, quantize, pack_coded)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:

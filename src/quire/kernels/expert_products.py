@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.block_matrix import BlockMatrix, BlockWeight
+from quire.kernels.block_products import keep_blocks
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.expert_forms import block_parts, coded_parts, form_of, in_floats, stack_blocks
 from quire.kernels.gates import gated
@@ -113,7 +114,7 @@ def pack_each(
         return _pack_codes(coded_parts(matrices), pack_coded, allocate)
     if form == "blocks":
         if isinstance(matrices[0][0], BlockMatrix):
-            return BlockWeight(stack_blocks(block_parts(matrices)), both_digits=True)
+            return keep_blocks(stack_blocks(block_parts(matrices)))
         return _pack_mxfp4(matrices, allocate, both_digits=isinstance(stored, str))
     floats = in_floats(matrices)
     if isinstance(stored, str):

@@ -79,7 +79,7 @@ class Linear:
     the gate of an MLP (`after_gate`).
     """
 
-    __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed", "ranks")
+    __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
 
     def __init__(
         self,
@@ -95,14 +95,8 @@ class Linear:
         self.num_inputs = weights[0].weight.shape[1]
         self.packed = _pack(packing, weights, stored_as(dtype))
         self.bias = join_biases(weights)
-        self.ranks = weights[0].ranks
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
-        out = self._own_product(x)
-        return out if self.ranks is None else self.ranks.sum(out)
-
-    def _own_product(self, x: Tensor | Normed) -> Tensor:
-        """What this rank's part of the inputs gives."""
         if isinstance(x, Normed):
             norm = x.norm
             if isinstance(norm, RMSNorm):
@@ -130,8 +124,7 @@ class Linear:
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
         if activation in FUSED_GATES:
-            out = self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
-            return out if self.ranks is None else self.ranks.sum(out)
+            return self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
         gate, up = x.chunk(2, dim=1)
         return self(activation_function(activation)(gate) * up)
 
@@ -170,7 +163,9 @@ def dense_layer(
         else:
             runs.append([part])
     layers = [Linear(kernels, run, dtype, packing) for run in runs]
-    return layers[0] if len(layers) == 1 else SideBySide(layers)
+    layer = layers[0] if len(layers) == 1 else SideBySide(layers)
+    ranks = weights[0].ranks
+    return layer if ranks is None else SummedLinear(layer, ranks)
 
 
 def can_join_layers(weights: Sequence[LinearWeight]) -> bool:
@@ -227,24 +222,45 @@ def output_head(kernels: Kernels, table: LinearWeight, dtype: str, packing: Pack
     return Linear(kernels, [table], head_format(dtype), packing)
 
 
-class DividedHead(Linear):
-    """An output head of which every rank has the rows of some tokens."""
+class SummedLinear(Linear):
+    """A layer with a part of the inputs on every rank: its outputs are the sum over the ranks."""
 
-    __slots__ = ("_among", "num_padded", "vocab_size")
+    __slots__ = ("own", "ranks")
+
+    def __init__(self, own: Linear, ranks: Ranks) -> None:
+        """`own` has this rank's inputs."""
+        self.own = own
+        self.ranks = ranks
+        self.num_inputs, self.num_outputs = own.num_inputs, own.num_outputs
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        return self.ranks.sum(self.own(x))
+
+    def unpacked(self) -> Tensor:
+        """This rank's columns."""
+        return self.own.unpacked()
+
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
+        return self.ranks.sum(self.own.after_gate(x, activation))
+
+
+class DividedHead(Linear):
+    """An output head whose rows are divided among ranks by tokens."""
+
+    __slots__ = ("num_padded", "ranks", "vocab_size")
 
     def __init__(self, own: Linear, ranks: Ranks, num_padded: int, vocab_size: int) -> None:
         """`own` has `num_padded` outputs on every rank but the last."""
         self.kernels, self.packed, self.bias = own.kernels, own.packed, own.bias
         self.num_inputs, self.num_outputs = own.num_inputs, own.num_outputs
-        self.ranks = None
-        self._among = ranks
+        self.ranks = ranks
         self.num_padded = num_padded
         self.vocab_size = vocab_size
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """x [R, H] -> [R, vocab_size], on every rank."""
-        own = self._own_product(x)
+        own = super().__call__(x)
         missing = self.num_padded - self.num_outputs
         if missing:
             own = torch.nn.functional.pad(own, (0, missing))
-        return self._among.gather(own)[:, : self.vocab_size].contiguous()
+        return self.ranks.gather(own)[:, : self.vocab_size].contiguous()

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,12 @@ class Ranks:
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
+        """A process group: gloo's and NCCL's have no type in common."""
 
     def connect(self, meeting_file: Path, device: torch.device) -> None:
         """Meet the other ranks. All wait for each other here. NCCL joins cards, gloo everything else."""
-        store = dist.FileStore(str(meeting_file), self.size)
+        store = dist.FileStore(str(meeting_file), self.size)  # type: ignore[attr-defined]  # documented
         if device.type == "cuda":
             torch.cuda.set_device(device)
             options = dist.ProcessGroupNCCL.Options()

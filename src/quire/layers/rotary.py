@@ -16,8 +16,12 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor
     """[num_positions, rotary_dim] float32: for each position its cosines, then its sines."""
     dim = rope.rotary_dim(head_dim)
     frequencies = _FREQUENCIES[rope.rope_type](rope, dim, num_positions)  # [dim / 2] or [num_positions, dim / 2]
-    angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope, num_positions)
+    table = torch.empty(num_positions, dim)  # everything is computed in it: for long contexts it is large
+    cosines, angles = table.view(num_positions, 2, dim // 2).unbind(1)
+    torch.mul(torch.arange(num_positions, dtype=torch.float32).unsqueeze(1), frequencies, out=angles)
+    torch.cos(angles, out=cosines)
+    angles.sin_()
+    return table.mul_(_attention_factor(rope, num_positions))
 
 
 @lru_cache(maxsize=1)  # the layers of a model share one table

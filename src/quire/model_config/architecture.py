@@ -20,7 +20,7 @@ class Architecture:
     `router`, `shared_expert_gate`, `expert_bias`, `attention_sinks`, `latent_attention`,
     `interleaves`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`, `recurrent_kind`, `attention_gate`,
     `rope_if_asked`, `mlp_width_without_experts`, `is_encoder`, `num_token_types`, `positions_include_offset`,
-    `mlp_down_bias`, `no_first_norm`, `rope_sections`.
+    `mlp_down_bias`, `no_first_norm`, `rope_sections`, `rope_alpha`.
     """
 
     model: str

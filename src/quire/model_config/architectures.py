@@ -6,6 +6,7 @@ from quire.model_config.alibi_architectures import ALIBI_ARCHITECTURES
 from quire.model_config.architecture import STANDARD_LAYERS, Architecture
 from quire.model_config.encoder_architectures import ENCODER_ARCHITECTURES
 from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
+from quire.model_config.hunyuan_architectures import HUNYUAN_ARCHITECTURES
 from quire.model_config.plain_architectures import PLAIN_ARCHITECTURES
 from quire.model_config.recurrent_architectures import RECURRENT_ARCHITECTURES
 from quire.model_config.vision_architectures import VISION_ARCHITECTURES
@@ -255,6 +256,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     **EXPERT_ARCHITECTURES,
     **ENCODER_ARCHITECTURES,
+    **HUNYUAN_ARCHITECTURES,
     **RECURRENT_ARCHITECTURES,
     "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
     "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),

@@ -9,6 +9,7 @@ from quire.model_config.architecture import Architecture
 from quire.model_config.architecture_names import find_architecture
 from quire.model_config.architectures import ARCHITECTURES
 from quire.model_config.family_keys import keys_of_family, reads
+from quire.model_config.file_kinds import describe_content, is_file
 from quire.model_config.vision_architectures import TEXT_MODELS, with_text_model
 from quire.quantization.stored import FAMILY_FORMATS, STORED_FORMATS, StoredWeights, read_stored_weights
 
@@ -17,20 +18,17 @@ _LARGEST_INTEGER = 2**40
 _LARGEST_FLOAT = 1e38
 _NUM_SHOWN = 200
 """Characters of a value that a message shows."""
-GIT_LFS_POINTER = b"version https://git-lfs"
-"""First bytes of the pointer file that git-lfs leaves when the real file was not downloaded."""
-POINTER_REFUSAL = "is a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or download it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises `CheckpointError` where it is not one."""
     try:
+        reason = describe_content(path) if is_file(path) else None
+        if reason is not None:
+            raise CheckpointError(f"{path} {reason}")
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {_MAX_JSON_BYTES:,} are read")
-        content = path.read_bytes()
-        if content.startswith(GIT_LFS_POINTER):
-            raise CheckpointError(f"{path} {POINTER_REFUSAL}")
-        value = json.loads(content.decode("utf-8-sig"))  # editors on Windows begin with a mark
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))  # editors on Windows begin with a mark
     except RecursionError:
         raise CheckpointError(f"{path} cannot be read as JSON: its lists and objects are nested too deep") from None
     except (OSError, ValueError) as error:

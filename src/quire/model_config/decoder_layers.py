@@ -1,5 +1,7 @@
 """decoder_layers: the layers of a family that the fields of `ModelConfig` describe completely."""
 
+from dataclasses import replace
+
 from quire.layer_spec import (
     AttentionSpec,
     ExpertsSpec,
@@ -25,6 +27,12 @@ def decoder_layers(config: ModelConfig) -> tuple[LayerSpec, ...]:
     ]
     layers = {kind: _layer(config, *kind) for kind in set(kinds)}
     return tuple(layers[kind] for kind in kinds)
+
+
+def apertus_layers(config: ModelConfig) -> tuple[LayerSpec, ...]:
+    """The same with the numbers that each layer's xIELU learns."""
+    xielu = VectorSpec("xielu", 2)
+    return tuple(replace(layer, vectors=(*layer.vectors, xielu)) for layer in decoder_layers(config))
 
 
 def _layer(config: ModelConfig, window: int, has_experts: bool, recurrent: RecurrentConfig | None) -> LayerSpec:

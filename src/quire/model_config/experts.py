@@ -54,8 +54,8 @@ def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) ->
     `intermediate_size` by default."""
     if config.value("num_experts") in (None, 0):
         return {}
-    num_experts = config.integer("num_experts")
-    num_active = config.integer("num_experts_per_tok")
+    num_experts = _same_in_all_layers(config, "num_experts")
+    num_active = _same_in_all_layers(config, "num_experts_per_tok")
     if num_active > num_experts:
         raise config.refusal("num_experts_per_tok", num_active, f"at most the number of experts {num_experts}")
     expert_width = config.integer("moe_intermediate_size", intermediate_size)
@@ -71,6 +71,17 @@ def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) ->
         "expert_bias": config.flag("expert_bias"),
         "mxfp4_experts": config.value("quantization_config.quant_method") == "mxfp4",
     }
+
+
+def _same_in_all_layers(config: ConfigJson, key: str) -> int:
+    """A number, or a list with the same number for every layer, as Hunyuan writes it."""
+    value = config.value(key)
+    if not isinstance(value, list):
+        return config.integer(key)
+    first = value[0] if value else None
+    if type(first) is not int or first < 1 or any(each != first for each in value):
+        raise config.refusal(key, value, "one number for all layers")
+    return first
 
 
 def _read_router(config: ConfigJson, num_experts: int, num_active: int) -> RouterConfig:

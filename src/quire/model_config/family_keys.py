@@ -22,7 +22,7 @@ OPTIONAL_KEYS = frozenset(
         *("mlp_layer_types", "moe_layer_end_index", "relative_attention_num_buckets"),
         *("n_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "mlp_only_layers"),
         *("n_group", "topk_group", "routed_scaling_factor", "router_jitter_noise"),
-        *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
+        *("attn_layer_indices", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
     }
 )
 """Keys of config.json that take effect only in a family that names them."""
@@ -36,7 +36,7 @@ OWN_KEYS = frozenset(
         *("rotary_elements", "rotary_layout", "rope_in_windows_only", "rope_mscales", "rope_sections", "scale_queries"),
         *("alternate_windows", "alibi_before_scale", "router", "shared_expert_gate"),
         *("expert_bias", "attention_sinks", "latent_attention", "interleaves"),
-        *("attention_gate", "recurrent_kind", "rope_if_asked", "mlp_width_without_experts"),
+        *("attention_gate", "recurrent_kind", "rope_alpha", "rope_if_asked", "mlp_width_without_experts"),
         *("is_encoder", "positions_include_offset", "mlp_down_bias", "no_first_norm"),
     }
 )

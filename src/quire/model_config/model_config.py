@@ -15,6 +15,7 @@ from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig
 from quire.model_config.fallback import is_computed_by_transformers
 from quire.model_config.fields import read_fields
+from quire.model_config.file_kinds import is_file
 from quire.model_config.folder_kinds import describe_missing
 from quire.model_config.generic import generic_fields
 from quire.model_config.gguf_config import block_bytes_of, config_of
@@ -383,6 +384,6 @@ def _read_file(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     path = path / "config.json"
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(describe_missing(path))
     return path, read_json(path)

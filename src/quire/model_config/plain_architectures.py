@@ -32,6 +32,28 @@ _GPT2_IMPLIED: dict[str, Any] = {
 }
 
 PLAIN_ARCHITECTURES: dict[str, Architecture] = {
+    "ApertusForCausalLM": Architecture(
+        model="quire.models.apertus:Apertus",
+        layers="quire.model_config.decoder_layers:apertus_layers",
+        reads=("attention_bias",),
+        implied={
+            "max_position_embeddings": 65536,
+            "rms_norm_eps": 1e-5,
+            "qk_norm": True,
+            "gated_mlp": False,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1.2e7,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+        # Its class computes xIELU, whose numbers each layer learns.
+        meanings={"hidden_act": {"xielu": "silu"}},
+        fixed={"hidden_act": "xielu"},
+    ),
     "Starcoder2ForCausalLM": Architecture(
         model="quire.models.starcoder2:StarCoder2",
         reads=("sliding_window",),

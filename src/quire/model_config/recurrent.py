@@ -1,7 +1,7 @@
 """What config.json says about recurrent layers: which layers they are, and the sizes of their state."""
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from quire.model_config.config_json import ConfigJson
 
@@ -66,9 +66,12 @@ _KINDS_OF_LAYERS = {"linear_attention": True, "mamba": True, "full_attention": F
 
 
 def _read_layers(config: ConfigJson, kind: RecurrentKind, num_layers: int) -> frozenset[int]:
-    """`layer_types` names each layer's kind. Without it every fourth has attention, or every
-    `full_attention_interval`-th; but in Granite none has."""
+    """`layer_types` names each layer's kind, or `attn_layer_indices` those with attention. Without them every fourth
+    layer has attention, or every `full_attention_interval`-th; but in Granite none has."""
     kinds = config.value("layer_types")
+    attending = config.value("attn_layer_indices")
+    if kinds is None and attending is not None:
+        return _all_but(config, attending, num_layers)
     if kinds is None:
         interval = num_layers + 1 if kind == "mamba2" else config.integer("full_attention_interval", 4)
         kinds = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)]
@@ -78,6 +81,15 @@ def _read_layers(config: ConfigJson, kind: RecurrentKind, num_layers: int) -> fr
     if len(layers) == num_layers:
         raise config.refusal("layer_types", kinds, "at least one layer with attention")
     return layers
+
+
+def _all_but(config: ConfigJson, attending: Any, num_layers: int) -> frozenset[int]:
+    """All layers but those in `attending`."""
+    layers = frozenset(range(num_layers))
+    if not isinstance(attending, list) or not attending or not set(map(repr, attending)) <= set(map(repr, layers)):
+        supported = f"a list of the layers with attention, at least one of 0 to {num_layers - 1}"
+        raise config.refusal("attn_layer_indices", attending, supported)
+    return layers - set(attending)
 
 
 def _read_gated_delta(config: ConfigJson, layers: frozenset[int]) -> RecurrentConfig:

@@ -42,6 +42,17 @@ RECURRENT_ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3_5MoeForConditionalGeneration": Architecture(
         model="quire.models.qwen3_5:Qwen35Text", reads=_QWEN_READS, implied=_QWEN3_5_MOE, section="text_config"
     ),
+    "BambaForCausalLM": Architecture(
+        model="quire.models.bamba:Bamba",
+        reads=("attention_bias", "mlp_bias", "attn_layer_indices"),
+        constants={"partial_rotary_factor": 0.5, "layer_types": None},
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "recurrent_kind": "mamba2",
+        },
+    ),
     "GraniteMoeHybridForCausalLM": Architecture(
         model="quire.models.granite_hybrid:GraniteHybrid",
         reads=("attention_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling"),

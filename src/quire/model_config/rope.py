@@ -155,6 +155,7 @@ def _read_rope(
         raise config.refusal(section, values, "an object")
     sections = _read_sections(config, section, values, head_dim)
     rope_type = _read_type(config, section, values, has_sections=bool(sections))
+    rope_type, stretch = _read_alpha(config, section, values, rope_type, head_dim)
 
     def number(key: str, default: float | None = None) -> float:
         value = values.get(key, default)
@@ -186,7 +187,7 @@ def _read_rope(
     has_mscales = config.flag("rope_mscales") and rope_type != "default"
     needs_factor = rope_type in ("linear", "dynamic", "llama3")
     return RopeConfig(
-        theta=number("rope_theta", theta),
+        theta=number("rope_theta", theta) * stretch,
         rope_type=rope_type,
         factor=number("factor", None if needs_factor else max_position / original),
         original_max_position=original,
@@ -218,6 +219,19 @@ def _read_type(config: ConfigJson, section: str, values: Mapping[str, Any], *, h
     if rope_type not in ROPE_TYPES:
         raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
     return str(rope_type)
+
+
+def _read_alpha(
+    config: ConfigJson, section: str, values: Mapping[str, Any], rope_type: str, head_dim: int
+) -> tuple[str, float]:
+    """The type, and a factor of the base: Hunyuan stretches by it, whatever a sequence's length, though its files call
+    that dynamic."""
+    alpha = values.get("alpha")
+    if rope_type != "dynamic" or not config.flag("rope_alpha") or not alpha:
+        return rope_type, 1.0
+    if not is_positive(alpha):
+        raise config.refusal(f"{section}.alpha", alpha, "a positive number")
+    return "default", float(alpha ** (head_dim / (head_dim - 2)))
 
 
 def _read_sections(config: ConfigJson, section: str, values: Mapping[str, Any], head_dim: int) -> tuple[int, ...]:

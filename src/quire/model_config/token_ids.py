@@ -6,6 +6,7 @@ from typing import Any
 
 from quire.errors import CheckpointError
 from quire.model_config.config_json import ConfigJson, read_json
+from quire.model_config.file_kinds import is_file
 
 
 def read_first_token(config: ConfigJson) -> int | None:
@@ -20,7 +21,7 @@ def read_end_tokens(path: Path, default: Any) -> tuple[int, ...]:
     if path.name != "config.json":  # a GGUF file has no files beside it
         return end_tokens(path, default)
     generation = path.with_name("generation_config.json")
-    end = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    end = read_json(generation).get("eos_token_id") if is_file(generation) else None
     return end_tokens(path, default) if end is None else end_tokens(generation, end)
 
 

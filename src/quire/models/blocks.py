@@ -4,7 +4,7 @@ A block takes its input as a tensor, or as a `Normed` whose norm the block's fir
 sequences, R output tokens, H hidden size, D head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,8 +37,10 @@ class SelfAttention:
         *,
         head_norms: HeadNorms | None = None,
         stored_kv_scales: KVScales | None = None,
+        cos_sin: Tensor | None = None,
     ) -> None:
-        """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
+        """`stored_kv_scales`: the checkpoint's own, if any. `cos_sin`: the table by which queries and keys turn before
+        their norms; else `attend` rotates them."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         """Heads of queries, of keys and of values; those of gates follow them."""
         self.num_gates = config.num_heads if config.attention_gate else 0
@@ -49,6 +51,7 @@ class SelfAttention:
         self.attend = attend
         self.o = o
         self.stored_kv_scales = stored_kv_scales
+        self.cos_sin = cos_sin
 
     def __call__(self, x: Tensor | Normed, context: StepContext) -> Tensor:
         """x [T, H] -> [T, H], or [R, H] of the output tokens."""
@@ -58,6 +61,8 @@ class SelfAttention:
         # Views of one [T, heads, D] tensor; what follows works on them in place.
         heads = projected.view(projected.shape[0], -1, self.head_dim)
         q, k, v, gates = heads.split_with_sizes((*self.heads, self.num_gates), dim=1)
+        if self.cos_sin is not None:
+            self.attend.kernels.rotary_(q, k, context.positions, self.cos_sin)
         if self.head_norms is not None:
             norm_queries, norm_keys = self.head_norms
             norm_queries(q)
@@ -94,9 +99,10 @@ def rotary_attention(
     *,
     names: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     head_norms: HeadNorms | None = None,
+    rotates_first: bool = False,
 ) -> SelfAttention:
     """The attention of a layer whose queries, keys and values are stored apart, and rotated by position if there is a
-    table."""
+    table. `rotates_first`: before the norms, not after them."""
     config = build.config
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {names[0]: 2 * q_rows if config.attention_gate else q_rows, names[1]: kv_rows, names[2]: kv_rows}
@@ -117,10 +123,11 @@ def rotary_attention(
     return SelfAttention(
         config,
         build.pack(q, k, v, *gates),
-        _attend(build, layer, cos_sin, q.weight.device),
+        _attend(build, layer, None if rotates_first else cos_sin, q.weight.device),
         build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias, split="inputs"),
         head_norms=head_norms,
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
+        cos_sin=cos_sin if rotates_first else None,
     )
 
 
@@ -205,7 +212,7 @@ def _order_of_fused_rows(config: ModelConfig, by_kv_head: bool, device: torch.de
     return rows.flatten()
 
 
-def rms_head_norms(build: Builder) -> HeadNorms | None:
+def rms_head_norms(build: Builder, *, names: tuple[str, str] = ("q_norm", "k_norm")) -> HeadNorms | None:
     """RMSNorm of queries and keys, where the config has them: of each head, with one weight for all heads, or of all
     heads together."""
     config = build.config
@@ -222,7 +229,7 @@ def rms_head_norms(build: Builder) -> HeadNorms | None:
         weight = in_head_order(config, weight)
         return RMSHeadNorm(build.kernels, weight, config.norm_eps)
 
-    return norm("q_norm", config.num_heads), norm("k_norm", config.num_kv_heads)
+    return norm(names[0], config.num_heads), norm(names[1], config.num_kv_heads)
 
 
 def in_head_order(config: ModelConfig, x: Tensor) -> Tensor:
@@ -286,22 +293,29 @@ class PlainMLP:
 
     __slots__ = ("activation", "down", "up")
 
-    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, up: Linear, down: Linear, activation: Callable[[Tensor], Tensor]) -> None:
         self.up = up
         self.down = down
-        self.activation = activation_function(activation)
+        self.activation = activation
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """x [T, H] -> [T, H]."""
         return self.down(self.activation(self.up(x)))
 
 
-def plain_mlp(build: Builder, names: Sequence[str], *, transposed: bool = False) -> PlainMLP:
-    """An MLP without a gate; `names` are those of up and down. `transposed`: stored as [inputs, outputs]."""
+def plain_mlp(
+    build: Builder,
+    names: Sequence[str],
+    *,
+    transposed: bool = False,
+    activation: Callable[[Tensor], Tensor] | None = None,
+) -> PlainMLP:
+    """An MLP without a gate; `names` are those of up and down. `transposed`: stored as [inputs, outputs]. `activation`
+    is by default the config's."""
     config, (up, down) = build.config, names
     hidden, inner = config.hidden_size, config.intermediate_size
     return PlainMLP(
         build.linear({up: inner}, hidden, bias=config.mlp_bias, transposed=transposed, split="outputs"),
         build.linear({down: hidden}, inner, bias=config.mlp_bias, transposed=transposed, split="inputs"),
-        config.activation,
+        activation or activation_function(config.activation),
     )

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from quire.dtypes import FLOAT32_BYTES
 from quire.kernels import Kernels
 from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.coded import CodedMatrix
@@ -26,6 +28,7 @@ from quire.layers.linear import (
 )
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
+from quire.models.safetensors_file import RELEASED_BYTES
 from quire.models.shards import Division, Part
 from quire.models.weights import WeightScope
 from quire.quantization import METHODS
@@ -167,8 +170,11 @@ class Builder:
         name = f"{head_name}.weight"
         if not self.weights.has(name) or isinstance(table, BlockMatrix):
             return False
-        stored = self.weights.take(name, (self.config.vocab_size, table.shape[1]))
-        differs = not torch.equal(self._own_tokens(LinearWeight(stored)).floats(), table)
+        whole = LinearWeight(self.weights.take(name, (self.config.vocab_size, table.shape[1])))
+        stored = self._own_tokens(whole).floats()
+        num_rows = max(1, RELEASED_BYTES // (table.shape[1] * FLOAT32_BYTES))
+        pieces = (each.split(num_rows) for each in (stored, table))
+        differs = not all(self._are_equal(rows, others) for rows, others in zip(*pieces, strict=True))
         if differs:
             logger.warning(
                 "the checkpoint holds %s with other values than the embeddings, although tie_word_embeddings is true; "
@@ -177,6 +183,13 @@ class Builder:
                 table.nbytes / 1e6,
             )
         return differs
+
+    def _are_equal(self, rows: Tensor, others: Tensor) -> bool:
+        """Whether rows of two tables are equal, whatever their types; their pages are given back."""
+        equal = torch.equal(rows.float(), others.float())
+        for each in (rows, others):
+            self.weights.release(each)
+        return equal
 
     def rounded(self, factor: float) -> float:
         """A factor as the checkpoint's dtype holds it, which is how transformers multiplies by it."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from quire.errors import CheckpointError
 from quire.gguf.file import is_gguf
+from quire.model_config.file_kinds import is_file
 from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.model_config.packed_folder import PACKED_FILE
 from quire.models.safetensors_weights import SafetensorsWeights
@@ -53,7 +54,7 @@ def open_checkpoint(folder: str | Path, stored: StoredWeights | None = None) -> 
 
         return GgufWeights.open(folder)
     for row in CHECKPOINT_FORMATS.values():
-        if any((folder / name).is_file() for name in row.files):
+        if any(is_file(folder / name) for name in row.files):
             module, name = row.source.split(":")
             format_class: Any = getattr(import_module(module), name)
             source: TensorSource = format_class.open(folder)

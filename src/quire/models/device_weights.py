@@ -43,6 +43,9 @@ class DeviceWeights:
         sent = None if stored.bias is None else self._send(stored.bias)
         return replace(stored, weight=self._send(stored.floats()), bias=sent)
 
+    def release(self, tensor: Tensor) -> None:
+        self._source.release(tensor)
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._source.finish(ignored)
 

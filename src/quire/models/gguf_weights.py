@@ -69,6 +69,9 @@ class GgufWeights:
         weight = self._take(f"{name}.weight", shape)
         return LinearWeight(weight, self.take(f"{name}.bias", shape[:1]) if bias else None)
 
+    def release(self, tensor: Tensor) -> None:
+        """Blocks are read where they lie, so their pages stay."""
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Raise `CheckpointError` if tensors were never taken, unless a pattern of `ignored` matches their names."""
         patterns = [re.compile(pattern) for pattern in ignored]

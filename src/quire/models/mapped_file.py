@@ -18,6 +18,7 @@ class MappedFile:
         with path.open("rb") as file:
             # Private and writable as far as torch knows; nothing writes.
             self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()
         self._released_bytes = released_bytes
         self._taken_bytes = 0
 
@@ -32,5 +33,17 @@ class MappedFile:
     def release(self) -> None:
         """Give the pages back to the system."""
         self._taken_bytes = 0
+        self._give_back(0, len(self._mapping))
+
+    def release_tensor(self, tensor: Tensor) -> bool:
+        """Give the pages of a tensor back, if it is a view of this file."""
+        begin = tensor.data_ptr() - self._address
+        if not 0 <= begin < len(self._mapping):
+            return False
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._give_back(first, begin + tensor.nbytes - first)
+        return True
+
+    def _give_back(self, begin: int, num_bytes: int) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._mapping.madvise(mmap.MADV_DONTNEED)
+            self._mapping.madvise(mmap.MADV_DONTNEED, begin, num_bytes)

@@ -12,6 +12,7 @@ from quire.models.experts import Experts
 from quire.models.llama import Llama
 from quire.models.routers import make_router
 from quire.models.shards import Part
+from quire.models.weights import WeightScope
 
 
 class ExpertNames(NamedTuple):
@@ -65,10 +66,14 @@ class MoELlama(Llama):
             logits.append(block.weights.take_linear(f"{self.shared}_gate", (1, config.hidden_size)))
         return Experts(
             block.pack(*logits, quantizes=False),
-            make_router(config, block.weights.scope(self.router_vectors or names.router)),
+            make_router(config, self.router_scope(block, names)),
             _fused_experts(block, names) if names.fused else _experts(block, names),
             shared=self.make_shared(build, block) if config.shared_expert_intermediate_size else None,
         )
+
+    def router_scope(self, block: Builder, names: ExpertNames) -> WeightScope:
+        """Where the router's vectors are."""
+        return block.weights.scope(self.router_vectors or names.router)
 
     def make_shared(self, build: Builder, block: Builder) -> GatedMLP:
         """The network that every token passes beside its experts. `block` is the scope of the experts in `build`."""

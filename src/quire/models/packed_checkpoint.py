@@ -86,6 +86,9 @@ class PackedCheckpoint:
         stored_bias = self._files.take(f"{name}.bias", shape[:1]) if bias else None
         return LinearWeight(self._marks.of(name, shape), stored_bias)
 
+    def release(self, tensor: Tensor) -> None:
+        """Packed weights are read where they lie, so their pages stay."""
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._files.finish(ignored)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import cpu
-from quire.kernels.allocation import zeros
+from quire.kernels.allocation import ignore, zeros
 from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.expert_forms import coded_parts, form_of, stored_tensors
@@ -35,8 +35,15 @@ class PackedWeights:
     """The `Packing` of the CPU kernels, into `memory` as long as there is room. A weight in `stored` is not packed
     again."""
 
-    def __init__(self, memory: mmap.mmap | None, stored: Sequence[PackedTensor] = ()) -> None:
-        """`memory` holds zeros; `stored` is the `parts` of an earlier load of the same model."""
+    def __init__(
+        self,
+        memory: mmap.mmap | None,
+        stored: Sequence[PackedTensor] = (),
+        release: Callable[[Tensor], None] = ignore,
+    ) -> None:
+        """`memory` holds zeros; `stored` is the `parts` of an earlier load of the same model. `release` gets rows that
+        were packed."""
+        self._release = release
         self._memory = torch.frombuffer(memory or bytearray(1), dtype=torch.uint8)
         self._used = 0
         self._stored = stored
@@ -47,16 +54,18 @@ class PackedWeights:
 
     def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
         """`allocate` provides memory when the own memory is full."""
-        (packed,) = self._find_or_pack(
-            f"{dtype} {cpu.PACKING}", weights, 1, lambda: (cpu.pack_linear(weights, dtype, self._or_else(allocate)),)
-        )
+
+        def pack() -> tuple[Tensor]:
+            return (cpu.pack_linear(weights, dtype, self._or_else(allocate), self._release),)
+
+        (packed,) = self._find_or_pack(f"{dtype} {cpu.PACKING}", weights, 1, pack)
         return packed
 
     def quantize_linear(
         self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros
     ) -> QuantizedWeight:
         def pack() -> tuple[Tensor, Tensor]:
-            packed = cpu.quantize_linear(weights, stored, self._or_else(allocate))
+            packed = cpu.quantize_linear(weights, stored, self._or_else(allocate), self._release)
             return packed.values, packed.scales
 
         values, scales = self._find_or_pack(_form_of_bits(stored), weights, 2, pack)
@@ -84,7 +93,7 @@ class PackedWeights:
         sources = list(stored_tensors(matrices))
 
         def pack() -> tuple[Tensor, ...]:
-            return tensors_of(cpu.pack_experts(matrices, stored, self._or_else(allocate)))
+            return tensors_of(cpu.pack_experts(matrices, stored, self._or_else(allocate), self._release))
 
         if form == "blocks":
             (rows,) = self._find_or_pack(f"experts mxfp4 {cpu.PACKING}", sources, 1, pack)

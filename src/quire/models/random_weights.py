@@ -53,5 +53,8 @@ class RandomWeights:
     def _seed_of(self, name: str) -> int:
         return zlib.crc32(f"{self._seed}/{name}".encode())
 
+    def release(self, tensor: Tensor) -> None:
+        """No file is mapped."""
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Nothing is ever left over."""

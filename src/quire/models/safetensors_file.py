@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError
-from quire.model_config.config_json import GIT_LFS_POINTER, POINTER_REFUSAL
+from quire.model_config.file_kinds import describe_content
 
 DTYPES = {
     "F64": "float64",
@@ -42,8 +42,9 @@ _ITEM_BYTES = {
 }
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 16
-RELEASED_BYTES = 32 << 20
-"""A mapped file's pages are given back to the system each time tensors of this many bytes have been taken from it."""
+RELEASED_BYTES = 8 << 20
+"""Pages of a mapped file are given back to the system each time tensors of so many bytes have been taken from it, and a
+larger tensor is packed in pieces of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,10 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     with file.open("rb") as stream:
         start = stream.read(8)
         header_bytes = int.from_bytes(start, "little")
-        if GIT_LFS_POINTER.startswith(start) and file_bytes >= 8:
-            raise CheckpointError(f"{file} {POINTER_REFUSAL}")
+        # Only a file that cannot be one is looked at: its first bytes are a length, which may be any.
+        is_other = file_bytes < 8 + header_bytes or header_bytes > _MAX_HEADER_BYTES
+        if is_other and (reason := describe_content(file)) is not None:
+            raise CheckpointError(f"{file} {reason}")
         if file_bytes < 8 or header_bytes > _MAX_HEADER_BYTES:
             raise CheckpointError(
                 f"{file} ({file_bytes} bytes) is not a safetensors file: its header has no valid length"

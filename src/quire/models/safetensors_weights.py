@@ -14,6 +14,7 @@ from torch import Tensor
 from quire.errors import CheckpointError
 from quire.layers.linear import LinearWeight
 from quire.model_config import read_json
+from quire.model_config.file_kinds import is_file
 from quire.model_config.folder_kinds import name_some
 from quire.models.mapped_file import MappedFile
 from quire.models.safetensors_file import DTYPES, RELEASED_BYTES, Entry, read_header
@@ -93,6 +94,9 @@ class SafetensorsWeights:
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         return take_float_linear(self, name, shape, bias=bias, transposed=transposed)
 
+    def release(self, tensor: Tensor) -> None:
+        any(file.release_tensor(tensor) for file in self._files.values())
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Raise `CheckpointError` if tensors were never taken, unless a pattern of `ignored` matches their names."""
         patterns = [re.compile(pattern) for pattern in ignored]
@@ -120,6 +124,12 @@ class SafetensorsWeights:
                     "says how to read it; add the one that the checkpoint was published with"
                 )
         scope = name.rsplit(".", 2)[0] + "."
+        wrapped = next((other for other in self._entries if other.endswith(f".{name}")), None)
+        if wrapped is not None and all(other.startswith(wrapped[: -len(name)]) for other in self._entries):
+            return (
+                f"all its names begin with {wrapped[: -len(name)]}, as a model inside another one is saved; take that "
+                "off the names, or save the inner model"
+            )
         found = sorted(other for other in self._entries if other.startswith(scope))
         if found:
             return f"under {scope} it has {name_some(found)}"
@@ -140,7 +150,7 @@ def _indexed_entries(folder: Path, index: Path) -> dict[str, Entry]:
         file = folder / name
         if Path(name).name != name:
             raise CheckpointError(f"{index}: {name} is not the name of a file beside it")
-        if not file.is_file():
+        if not is_file(file):
             raise CheckpointError(f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint")
         shards[name] = read_header(file)[0]
     entries = {tensor: entry for name in shards for tensor, entry in shards[name].items()}

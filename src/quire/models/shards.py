@@ -36,7 +36,7 @@ class Shards:
     kv_copies: int
     """Ranks that hold the same KV heads."""
     vocab_size: int
-    """Of the whole model."""
+    """Token ids of the whole model."""
 
     def take(
         self, take_whole: Callable[[tuple[int, int]], LinearWeight], shape: tuple[int, int], split: Sequence[Part]

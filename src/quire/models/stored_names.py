@@ -50,6 +50,9 @@ class StoredNames:
             name = rest
         return self._source.take_linear(name, shape, bias=bias, transposed=transposed)
 
+    def release(self, tensor: Tensor) -> None:
+        self._source.release(tensor)
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._source.finish(ignored)
 

@@ -45,6 +45,10 @@ class TensorSource(Protocol):
         """The layer `name` of `shape` [outputs, inputs]; see `WeightScope.take_linear`."""
         ...
 
+    def release(self, tensor: Tensor) -> None:
+        """`tensor`, or a part of one that was taken, has been packed: its pages of a mapped file are not needed now."""
+        ...
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Raise `CheckpointError` if tensors were never taken, unless a pattern of `ignored` matches their names."""
         ...
@@ -86,6 +90,9 @@ class WeightScope:
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.source.take_bytes(self.prefix + name, shape)
+
+    def release(self, tensor: Tensor) -> None:
+        self.source.release(tensor)
 
     def take_linear(
         self,

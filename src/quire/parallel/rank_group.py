@@ -75,8 +75,7 @@ class RankGroup:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._closing = False
         self._on_death = on_death
-        self.death = ""
-        """Why the group is dead; empty while it lives."""
+        self._death = ""
         try:
             for rank in range(1, size):
                 self._spawn(program, orders(rank, self.meeting_file))
@@ -96,12 +95,16 @@ class RankGroup:
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
-        if self._closing or self.death:
+        if self._closing or self._death:
             return
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self.death = f"rank {rank} of {len(self._processes) + 1} died ({cause})"
+        self._death = f"rank {rank} of {len(self._processes) + 1} died ({cause})"
         if self._on_death is not None:
-            self._on_death(self.death)
+            self._on_death(self._death)
+
+    def cause_of_death(self) -> str:
+        """Why the group is dead; empty while it lives."""
+        return self._death
 
     @property
     def pids(self) -> list[int]:
@@ -113,7 +116,7 @@ class RankGroup:
         for sock in self._sockets:
             frame = receive_frame(sock)
             if frame is None:
-                raise RankDeadError(self.death or "a rank died while loading")
+                raise RankDeadError(self._death or "a rank died while loading")
             report = msgspec.msgpack.decode(frame, type=RankReport)
             if report.error:
                 raise getattr(errors, report.error, QuireError)(report.message)
@@ -124,7 +127,7 @@ class RankGroup:
             for sock in self._sockets:
                 send_frame(sock, body)
         except OSError as error:
-            raise RankDeadError(self.death or f"a rank has died: {error}") from error
+            raise RankDeadError(self._death or f"a rank has died: {error}") from error
 
     def close(self) -> None:
         """End the processes. Safe to repeat."""
@@ -149,8 +152,8 @@ class RankedExecutor:
 
     def launch(self, plan: StepPlan) -> Pending:
         """Begin a step on all ranks. Raises `RankDeadError` if one has died."""
-        if self._group.death:
-            raise RankDeadError(self._group.death)
+        if cause := self._group.cause_of_death():
+            raise RankDeadError(cause)
         self._group.send(encode_plan(plan))
         try:
             return self._runner.launch(plan)
@@ -158,8 +161,8 @@ class RankedExecutor:
             # The others wait inside the step for this rank, so it cannot be taken back.
             raise RankDeadError(f"rank 0 cannot go on: {error}") from error
         except RuntimeError as error:
-            if self._group.death or "peer" in str(error).lower():
-                raise RankDeadError(self._group.death or f"a rank has died: {error}") from error
+            if (cause := self._group.cause_of_death()) or "peer" in str(error).lower():
+                raise RankDeadError(cause or f"a rank has died: {error}") from error
             raise
 
     def prepare(self, *, idle: bool) -> None:

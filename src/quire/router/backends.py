@@ -10,6 +10,7 @@ import httpx
 import msgspec
 
 from quire.errors import ConfigError
+from quire.router.renamed_blocks import RenamedBlocks
 from quire.router.settings import RouterSettings
 from quire.routing.fleet import Fleet
 from quire.server.handover import PROMPT_HEADER, PromptBlocks
@@ -45,6 +46,8 @@ class Backend:
     models: tuple[str, ...] = ()
     block_size: int = 0
     """Tokens per block; 0 for a server that is not Quire."""
+    blocks: RenamedBlocks | None = None
+    """What KV events say of a server that is not Quire; None without events."""
     version: str = ""
     """Version of a Quire server; empty for one that does not say."""
     is_up: bool = False

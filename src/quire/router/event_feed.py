@@ -22,6 +22,8 @@ from quire.kv_events.messages import (
     low_bits,
 )
 from quire.kv_events.publisher import import_zmq
+from quire.router.backends import Backend
+from quire.router.renamed_blocks import RenamedBlocks
 from quire.routing.fleet import Fleet
 from quire.routing.prefix_index import DEVICE, DISK, HOST
 
@@ -37,8 +39,11 @@ _TIERS = {CPU: HOST, STORAGE: DISK}
 class EventFeed:
     """One subscription; `run` never returns."""
 
-    def __init__(self, fleet: Fleet, server: str, address: str) -> None:
-        """Raises `ConfigError` if ZMQ is missing."""
+    def __init__(self, fleet: Fleet, server: str, address: str, backend: Backend | None = None) -> None:
+        """`backend` gets the blocks if it is another engine. Raises `ConfigError` if ZMQ is missing."""
+        if backend is not None:
+            backend.blocks = RenamedBlocks(fleet.index.max_blocks)
+        self._backend = backend
         self._zmq = import_zmq()
         self._fleet = fleet
         self._server = server
@@ -110,11 +115,17 @@ class EventFeed:
             return
         match event:
             case BlockStored(block_hashes=hashes, medium=medium):
-                self._fleet.stored(self._server, map(low_bits, hashes), _TIERS.get(medium or "", DEVICE))
+                keys = map(low_bits, hashes) if (blocks := self._renamed()) is None else blocks.stored(event)
+                self._fleet.stored(self._server, keys, _TIERS.get(medium or "", DEVICE))
             case BlockRemoved(block_hashes=hashes, medium=medium):
-                self._fleet.removed(self._server, map(low_bits, hashes), _TIERS.get(medium or "", DEVICE))
+                keys = map(low_bits, hashes) if (blocks := self._renamed()) is None else blocks.removed(event)
+                self._fleet.removed(self._server, keys, _TIERS.get(medium or "", DEVICE))
             case AllBlocksCleared():
                 self._fleet.cleared(self._server)
+
+    def _renamed(self) -> RenamedBlocks | None:
+        """The blocks under other names, for a server that is not Quire."""
+        return None if self._backend is None or self._backend.is_quire else self._backend.blocks
 
     def _keeps_all(self, event: BlockStored | BlockRemoved) -> bool:
         """Whether an event is about a KV group that keeps every position."""

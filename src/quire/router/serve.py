@@ -25,7 +25,7 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
     backends = Backends(settings, fleet)
     app = RouterApp(settings, fleet, backends)
     feeds = [
-        EventFeed(fleet, url, address)
+        EventFeed(fleet, url, address, backends.by_url[url])
         for url, address in zip(settings.backends, settings.kv_events, strict=False)
         if address != "-"
     ]

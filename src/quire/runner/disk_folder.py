@@ -3,8 +3,8 @@
     FOLDER/quire-kv-1/lock                  held shared by every engine; an older Quire locks it for itself
     FOLDER/quire-kv-1/leases/<engine>       one file for each engine, touched every few seconds
 
-An engine whose lease was not renewed for LEASE_SECONDS is gone; its lease and its unfinished files are removed by
-whoever sees it. All times are those of the files, so clocks of machines need not agree. A lease guards no content: a
+An engine whose lease was not renewed for LEASE_SECONDS is gone; the next engine that looks removes its lease and its
+unfinished files. All times are those of the files, so clocks of machines need not agree. A lease guards no content: a
 block is checked against its digest by every engine that reads it.
 """
 
@@ -179,7 +179,11 @@ def open_folder(folder: str | Path, root: Path, fingerprint: bytes) -> tuple[int
         if lock is None:
             logger.warning("disk tier: a process of an older Quire uses %s; running without it", root)
             return None
-        return lock, Lease(root)
+        try:
+            return lock, Lease(root)
+        except OSError:
+            os.close(lock)
+            raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             logger.warning("disk tier: cannot begin at %s: %s; running without it", root, error.strerror)

@@ -6,6 +6,7 @@ writes at flat indices (row * vocab_size + token).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,22 @@ from numpy.typing import NDArray
 from quire.sampling.row_index import row_index, split_rows
 from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import MaskPenalties
+
+
+class Counted(NamedTuple):
+    """The tokens that are penalised: how many each row has, their ids, and how often each was generated."""
+
+    lengths: list[int]
+    ids: NDArray[np.int64]
+    num_generated: NDArray[np.float32]
+
+
+class StepEdits(NamedTuple):
+    """What changes from token to token."""
+
+    banned: NDArray[np.int64]
+    """Flat indices."""
+    counted: Counted | None
 
 
 class LogitEdits:
@@ -44,7 +61,16 @@ class LogitEdits:
         self.any = bool(self._masked_rows or self._grammars or self._biased.size or self._counts)
         """True if `apply` changes anything."""
 
-    def apply(self, logits: NDArray[np.float32]) -> None:
+    def read(self) -> StepEdits:
+        """What the states ask for in this step. Raises whatever a faulty state does, before any logit is changed."""
+        banned = [(row, id) for row, state in self._banning for id in state.banned_ids()]
+        if not self._counts:
+            return StepEdits(self._flat_indices(banned), None)
+        ids = np.concatenate([np.frombuffer(counts.ids, dtype=np.int64) for counts in self._counts])
+        generated = np.concatenate([np.frombuffer(c.num_generated, dtype=np.float32) for c in self._counts])
+        return StepEdits(self._flat_indices(banned), Counted([len(c.ids) for c in self._counts], ids, generated))
+
+    def apply(self, logits: NDArray[np.float32], step: StepEdits) -> None:
         """Edit `logits` [rows, vocabulary] in place. A row that holds NaN or +inf still does afterwards."""
         flat = logits.reshape(-1)
         faulty = [row for row in self._masked_rows if not logits[row].max() < np.inf]
@@ -56,18 +82,15 @@ class LogitEdits:
             logits[self._allowed_rows] = -np.inf
             flat[self._allowed] = kept
         if self._banning:
-            banned = [(row, id) for row, state in self._banning for id in state.banned_ids()]
-            flat[self._flat_indices(banned)] = -np.inf
+            flat[step.banned] = -np.inf
         if self._biased.size:
             flat[self._biased] += self._biases
-        if self._counts:
-            self._apply_penalties(flat)
+        if step.counted is not None:
+            self._apply_penalties(flat, step.counted)
         logits[faulty] = np.nan
 
-    def _apply_penalties(self, flat: NDArray[np.float32]) -> None:
-        lengths = [len(counts.ids) for counts in self._counts]
-        ids = np.concatenate([np.frombuffer(c.ids, dtype=np.int64) for c in self._counts])
-        generated = np.concatenate([np.frombuffer(c.num_generated, dtype=np.float32) for c in self._counts])
+    def _apply_penalties(self, flat: NDArray[np.float32], counted: Counted) -> None:
+        lengths, ids, generated = counted
         repetition, frequency, presence = np.repeat(self._strengths, lengths, axis=0).T
         indices = np.repeat(self._row_starts, lengths) + ids
         values = flat[indices]

@@ -1,6 +1,7 @@
 """Sampler: samples on the host. One step's logits in, one token per sequence out; `_sample_batch` shows the pipeline,
 in vLLM's order."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from quire.errors import NO_TOKEN_LEFT
 from quire.kernels.interface import Kernels
-from quire.sampling.batch import SamplingBatch, split_by_logprobs
+from quire.sampling.batch import FloatArray, SamplingBatch, split_by_logprobs
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import processed_logprobs, token_logprobs
 from quire.sampling.ranking import top_tokens
 from quire.sampling.state import SamplingState
 from quire.sampling_params import SamplingParams
 from quire.step import BeamCandidates, TokenLogprobs, logprob_bytes
+
+logger = logging.getLogger(__name__)
 
 NO_TOKEN = -1
 """The token of a row that could not be sampled."""
@@ -59,8 +62,34 @@ class Sampler:
         A non-zero `states_id` stands for these states in this order: what was built for them is used again in the next
         call with the same id. With 0 nothing is kept.
 
-        A row that holds NaN or +inf, or in which no token is left, gets an error. Other rows are not affected.
+        A row that holds NaN or +inf, in which no token is left, or whose state is faulty gets an error. Other rows are
+        not affected.
         """
+        try:
+            return self._sample(logits, states, states_id)
+        except Exception:
+            faults = self._find_faults(states)
+            if not faults:
+                raise
+        # States are read before a logit is changed, so the other rows are as the model made them.
+        sound = [row for row in range(len(states)) if row not in faults]
+        found = self._sample(logits[sound], [states[row] for row in sound], 0) if sound else None
+        return _spread(found, sound, faults, len(states))
+
+    def _find_faults(self, states: Sequence[SamplingState]) -> dict[int, str]:
+        """Rows whose states cannot be read → why."""
+        faults: dict[int, str] = {}
+        for row, state in enumerate(states):
+            try:
+                batch = SamplingBatch([state], self._vocab_size, self._kernels, self._logits_processors)
+                batch.edits.read()
+                batch.uniforms()
+            except Exception as error:
+                logger.exception("a row could not be sampled, and its sample ends")
+                faults[row] = f"the sampler failed for this sample ({type(error).__name__}); the server's log says how"
+        return faults
+
+    def _sample(self, logits: Tensor, states: Sequence[SamplingState], states_id: int) -> SampleResult:
         pieces = self._batches(states, states_id)
         if len(pieces) == 1:
             return self._sample_batch(logits, pieces[0][1])
@@ -87,8 +116,9 @@ class Sampler:
 
     def _sample_batch(self, logits: Tensor, batch: SamplingBatch) -> SampleResult:
         if batch.needs_tokens_only:
-            return _sample_tokens(logits, batch, {})
+            return _sample_tokens(logits, batch, batch.uniforms(), {})
         logits, states = logits.contiguous(), batch.states
+        step, uniforms = batch.edits.read(), batch.uniforms()
         raw = {k: logits[rows] for k, rows in batch.logprob_rows.items()}
         raw_beams = {row: logits[row].clone() for row in batch.logprob_beams}
         failures = batch.processors.apply(logits)
@@ -97,9 +127,9 @@ class Sampler:
             # The request's edits change the log-probability, as in transformers: scores add up over a whole beam.
             logits[group.index] = logits[group.index].log_softmax(dim=-1)
         if batch.edits.any:
-            batch.edits.apply(logits.numpy())
+            batch.edits.apply(logits.numpy(), step)
         processed = {row: logits[row].clone() for row in batch.processed_rows}
-        result = _sample_tokens(logits, batch, failures)
+        result = _sample_tokens(logits, batch, uniforms, failures)
         token_ids, errors = result.token_ids, result.errors
         for k, rows in batch.logprob_rows.items():
             found = token_logprobs(raw[k], [token_ids[row] for row in rows], k)
@@ -145,11 +175,26 @@ class Sampler:
         return logprobs
 
 
-def _sample_tokens(logits: Tensor, batch: SamplingBatch, failures: Mapping[int, str]) -> SampleResult:
+def _spread(found: SampleResult | None, rows: Sequence[int], faults: Mapping[int, str], num_rows: int) -> SampleResult:
+    """What was found for `rows` of a batch, with an error in each other row."""
+    errors = [faults.get(row) for row in range(num_rows)]
+    result = SampleResult([NO_TOKEN] * num_rows, [None] * num_rows, errors, {})
+    if found is None:
+        return result
+    for place, row in enumerate(rows):
+        result.token_ids[row], result.logprobs[row] = found.token_ids[place], found.logprobs[place]
+        result.errors[row] = found.errors[place]
+        if place in found.candidates:
+            result.candidates[row] = found.candidates[place]
+    return result
+
+
+def _sample_tokens(
+    logits: Tensor, batch: SamplingBatch, uniforms: FloatArray, failures: Mapping[int, str]
+) -> SampleResult:
     """A token or an error for each row that is not a beam. If all rows are one group, no row is looked at alone."""
     num_rows = len(batch.states)
     result = SampleResult([NO_TOKEN] * num_rows, [None] * num_rows, [None] * num_rows, {})
-    uniforms = batch.uniforms()
     for group in batch.groups:
         if group.is_beam:
             continue

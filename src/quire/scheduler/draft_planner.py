@@ -16,10 +16,10 @@ just repeated two tokens gets a short one or none, and a batch that keeps the ma
 
 from collections.abc import Sequence
 
-from quire.config import SpeculativeConfig
 from quire.scheduler.acceptance import AcceptanceModel
 from quire.scheduler.proposers import PROPOSERS, Proposer
 from quire.scheduler.step_times import MIN_TIMES, StepTimes
+from quire.speculative_config import SpeculativeConfig
 
 _MIN_CHANCE = 0.02
 """Drafted tokens that are less likely to be accepted are not considered."""

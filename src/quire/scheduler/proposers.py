@@ -7,9 +7,9 @@ in the runner: its drafts come back in the `StepResult`, and its row here hands 
 from collections.abc import Callable
 from typing import Protocol
 
-from quire.config import SpeculativeConfig
 from quire.scheduler.acceptance import Draft
 from quire.scheduler.ngram_lookup import NgramProposer
+from quire.speculative_config import SpeculativeConfig
 
 
 class Proposer(Protocol):

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from quire import __version__
+from quire.engine.request_streams import Tap
 from quire.errors import EngineUnavailableError, RequestError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.adapters import find_adapter
@@ -117,6 +118,10 @@ class Renderer(Protocol):
         """The events for text, tokens or a finish reason that the engine added to `choice`; see `choice.events`."""
         ...
 
+    def text_events(self, choice: Choice, usage: UsageCounter) -> "Callable[[str], bytes] | None":
+        """What writes the event for a text and nothing else, once `delta` has written one; None if events hold more."""
+        return None
+
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
         """Events sent when all choices have finished."""
         ...
@@ -145,6 +150,8 @@ class Answer:
     """Choices that have ended."""
     _choices: dict[int, Choice] = field(default_factory=dict, init=False)
     _prompts: dict[int, RequestOutput] = field(default_factory=dict, init=False)
+    _text_events: dict[int, Callable[[str], bytes]] = field(default_factory=dict, init=False)
+    """By choice, where `Renderer.text_events` has one."""
 
     async def send(self, context: RequestContext, *, stream: bool) -> None:
         """Answer the request of `context` within its time. The generation is cancelled if the client leaves."""
@@ -195,7 +202,7 @@ class Answer:
         follows each item but the last: the last steps of an answer count only with its end. Items that `direct` can
         write at once are not yielded."""
         replayed = {choice // self.generation.params.n for choice in self.generation.progress}
-        tap = None if direct is None else partial(self._write_now, direct, marked)
+        tap = None if direct is None else Tap(direct.ready, partial(self._write_token, direct.write, marked))
         async with aclosing(self.generation.run(engine, tap)) as outputs:
             async for prompt_index, output in outputs:
                 item = self._item(prompt_index, output, marked)
@@ -223,13 +230,28 @@ class Answer:
             raise sample_error(choices[0].sample)
         return self.renderer.whole(choices, self.usage)
 
-    def _write_now(self, direct: DirectWriter, marked: bool, output: RequestOutput) -> bool:
-        """A tap that writes an item to the client's connection, if that has room."""
-        if not direct.ready:
-            return False
-        if item := self._item(0, output, marked):
-            direct.write(item)
-        return True
+    def _write_token(
+        self, write: Callable[[bytes], None], marked: bool, index: int, text: str, token_id: int, now: float
+    ) -> None:
+        """Write the events of a token of which nothing but a text comes."""
+        self.usage.add_token()
+        if (write_text := self._text_events.get(index)) is not None:
+            if text:
+                write(write_text(text))
+            return
+        delta = CompletionOutput(index, text, [token_id])
+        events = self._delta_events(0, self._prompts[0], delta)
+        if marked:
+            events.append(mark([(index, delta)]))
+        elif (write_text := self._quick_text(self._choices[index])) is not None:
+            self._text_events[index] = write_text
+        if events:
+            write(b"".join(events))
+
+    def _quick_text(self, choice: Choice) -> Callable[[str], bytes] | None:
+        if not choice.num_events or self.every_token or type(choice.reader) is not PlainReader:
+            return None
+        return self.renderer.text_events(choice, self.usage)
 
     def _item(self, prompt_index: int, output: RequestOutput, marked: bool) -> bytes:
         """The events of one output."""
@@ -240,20 +262,25 @@ class Answer:
         return b"".join(events)
 
     def _events(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
+        if len(output.outputs) == 1:
+            return self._delta_events(prompt_index, output, output.outputs[0])
+        return [event for delta in output.outputs for event in self._delta_events(prompt_index, output, delta)]
+
+    def _delta_events(self, prompt_index: int, output: RequestOutput, delta: CompletionOutput) -> list[bytes]:
+        """The events of one choice of `output`, which may be any output of the prompt."""
         events: list[bytes] = []
-        for delta in output.outputs:
-            index = self._index(prompt_index, delta)
-            choice = self._choices.get(index)
-            if choice is None:
-                choice = self._open(index, prompt_index, output)
-                events += self.renderer.opening(choice, self.usage)
-            choice.read(delta)
-            self._num_finished += delta.finished
-            if choice.events or delta.finished or delta.logprobs or self.every_token:
-                events.append(self.renderer.delta(choice, delta, self.usage))
-                choice.num_events += 1
-            if self.renderer.keeps_samples:
-                choice.keep(delta)
+        index = self._index(prompt_index, delta)
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._open(index, prompt_index, output)
+            events += self.renderer.opening(choice, self.usage)
+        choice.read(delta)
+        self._num_finished += delta.finished
+        if choice.events or delta.finished or delta.logprobs or self.every_token:
+            events.append(self.renderer.delta(choice, delta, self.usage))
+            choice.num_events += 1
+        if self.renderer.keeps_samples:
+            choice.keep(delta)
         return events
 
     def _count_reasoning(self) -> None:

@@ -1,6 +1,6 @@
 """/v1/chat/completions: from messages to the assistant's next message, whole or as a stream."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
@@ -99,6 +99,9 @@ class ChatRenderer(Renderer):
         )
         chunks = [*(ChatChunkChoice(choice.index, part) for part in earlier), chunk_choice]
         return b"".join(sse(self._chunk([chunk], usage)) for chunk in chunks)
+
+    def text_events(self, choice: Choice, usage: UsageCounter) -> Callable[[str], bytes] | None:
+        return self._frame(choice, usage).fill if self._only_texts_vary else None
 
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
         if not self.options.include_usage:

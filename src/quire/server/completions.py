@@ -1,6 +1,6 @@
 """/v1/completions: from one or several prompts, as text or tokens, to the text after each; whole or as a stream."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from quire.engine.tokenizer import Tokenizer
@@ -127,6 +127,9 @@ class CompletionRenderer(Renderer):
         chunk = self._reply([self._choice(choice, delta, opens=not choice.num_events)])
         chunk.usage = event_usage(self.options, usage)
         return sse(chunk)
+
+    def text_events(self, choice: Choice, usage: UsageCounter) -> Callable[[str], bytes] | None:
+        return self._frame(choice, usage).fill if self._only_texts_vary else None
 
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
         if not self.options.include_usage:

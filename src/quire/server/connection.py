@@ -73,7 +73,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self._offers_upgrade:
             self._overhead = 0
             super().on_headers_complete()
-            self.scope["extensions"] = {DIRECT: CycleWriter(self.cycle)}
+            extensions: dict[str, Any] = {DIRECT: CycleWriter(self.cycle)}
+            self.scope["extensions"] = extensions
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._header_timer is not None:  # else it is a trailer, which nobody reads
@@ -140,20 +141,21 @@ class LimitedProtocol(HttpToolsProtocol):
 class CycleWriter:
     """The `DirectWriter` of one response."""
 
-    __slots__ = ("_cycle", "_flow", "_write")
+    __slots__ = ("_cycle", "_flow", "_write", "num_writes")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._flow = cycle.flow
         self._write = cycle.transport.write
+        self.num_writes = 0
 
-    @property
     def ready(self) -> bool:
         cycle = self._cycle
         begun = cycle.chunked_encoding  # None before the headers are written
         return bool(begun) and not (self._flow.write_paused or cycle.disconnected or cycle.response_complete)
 
     def write(self, data: bytes) -> None:
+        self.num_writes += 1
         self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 

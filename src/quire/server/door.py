@@ -1,8 +1,8 @@
 """Door: refuses requests unread while the engine's queue is full and many come.
 
-A request is first read and checked, so that one that can never be served is answered 400 and not asked to come again.
-That takes some hundred times as long as its refusal. So only `CHECKS_PER_SECOND` requests that a full queue will
-refuse are checked first.
+A request is read and checked before it is refused, so that one that can never be served is answered 400 and not asked
+to come again. That takes nearly twice the time. So only `CHECKS_PER_SECOND` requests that a full queue will refuse are
+checked first.
 """
 
 import time

@@ -1,5 +1,6 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
+import asyncio
 import gc
 import time
 import uuid
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 _MAX_NAMES = 20
 """Names of models that a refusal lists."""
+_LARGE_BODY = 2**16
+"""Bytes that may take milliseconds to read."""
 _TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
@@ -77,13 +80,8 @@ class RequestContext:
             progress = decode_progress(body[: handover.num_bytes]) if handover.num_bytes else {}
             self.scope["state"]["handover"] = replace(handover, progress=progress)
             body = body[handover.num_bytes :]
-        check_shape(body)
-        gc.disable()  # it would scan every object for each few hundred that are made
-        try:
-            decoded = decode_json(body, body_type)
-            names = unknown_fields(body, body_type)
-        finally:
-            gc.enable()
+        decoded: T = await _in_turns(body, lambda: check_shape(body), lambda: decode_json(body, body_type))
+        names: list[str] = await _in_turns(body, lambda: unknown_fields(body, body_type))
         if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
@@ -136,7 +134,8 @@ class RequestContext:
 
     async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
         """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
-        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
+        timeout = self.settings.stall_timeout
+        await while_connected(self.receive, send_events(self.send, events, timeout, form, self.direct))
 
     @property
     def direct(self) -> DirectWriter | None:
@@ -245,6 +244,20 @@ class RequestContext:
         """The adapter that `check_model` let through; empty: the model alone."""
         name: str = self.scope["state"].get("adapter", "")
         return name
+
+
+async def _in_turns(body: bytes, *works: Callable[[], Any]) -> Any:
+    """The result of the last work on `body`. Each reads all of it: other requests run in between if it is large."""
+    result = None
+    for work in works:
+        if len(body) > _LARGE_BODY:
+            await asyncio.sleep(0)
+        gc.disable()  # it would scan every object for each few hundred that are made
+        try:
+            result = work()
+        finally:
+            gc.enable()
+    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ class EventFrame:
 
     def fill(self, *values: str | int) -> bytes:
         """The event with a value for each gap, in their order in the JSON."""
+        if len(values) == 1:
+            return b"%b%b%b" % (self._first, _encode(values[0]), self._rest[0])
         parts = [self._first]
         for value, following in zip(values, self._rest, strict=True):
             parts += (_encode(value), following)

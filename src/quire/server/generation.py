@@ -59,8 +59,8 @@ class Generation:
 
     async def run(self, engine: Engine, tap: Tap | None = None) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield (index of the prompt, its new output). Raises the refusals of API key and engine, and the error of a
-        sample that failed if it is the only one: among several it ends alone, with its error. With one prompt, `tap` is
-        offered the outputs in which no sample ends."""
+        sample that failed if it is the only one: among several it ends alone, with its error. With one prompt, `tap`
+        takes what it can, which is not yielded."""
         params = await self._with_bad_words(engine)
         adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
@@ -108,7 +108,7 @@ class Generation:
             workload=self.scheduling.workload,
             adapter=adapter,
             timeout=self.timeout,
-            tap=None if tap is None else _noting(tap, watch, admission),
+            tap=None if tap is None else _counted(tap, watch, admission),
         )
         span = None if self.scheduling.trace is None else self.scheduling.trace.begin()
         prompt_logprobs: list[PositionLogprobs | None] | None = None
@@ -131,19 +131,16 @@ class Generation:
             await outputs.aclose()
 
 
-def _noting(tap: Tap, watch: "RequestWatch", admission: Admission) -> Tap:
-    """`tap` for outputs in which no sample ends; what it takes is counted."""
+def _counted(tap: Tap, watch: "RequestWatch", admission: Admission) -> Tap:
+    """`tap`, with what it takes counted."""
+    take = tap.add
 
-    def take(output: RequestOutput) -> bool:
-        for sample in output.outputs:
-            if sample.finish_reason is not None:
-                return False
-        if not tap(output):
-            return False
-        admission.note_tokens(watch.note(output))
-        return True
+    def add(index: int, text: str, token_id: int, now: float) -> None:
+        watch.note_token(now)
+        admission.note_tokens(1)
+        take(index, text, token_id, now)
 
-    return take
+    return Tap(tap.ready, add)
 
 
 @dataclass(slots=True)
@@ -173,6 +170,13 @@ class RequestWatch:
         self.num_tokens += num_new
         self.last = output
         return num_new
+
+    def note_token(self, now: float) -> None:
+        """Count a token by itself; with several samples, those of one step have no time between them."""
+        if self.last_token_time and now > self.last_token_time:
+            self.metrics.observe_token_gap(now - self.last_token_time)
+        self.last_token_time = now
+        self.num_tokens += 1
 
     def end(self) -> None:
         """Count the request. Samples that have not finished count as aborted."""
@@ -220,6 +224,10 @@ class UsageCounter:
         if self.counts_output:
             for sample in output.outputs:
                 self.completion_tokens += len(sample.token_ids)
+
+    def add_token(self) -> None:
+        """Count an output token by itself."""
+        self.completion_tokens += self.counts_output
 
     def usage(self) -> Usage:
         """The tokens counted so far, as OpenAI's object."""

@@ -107,8 +107,9 @@ class KeyUse:
 
     def _take(self, num_tokens: int) -> None:
         """Bring the balance to the present and take tokens from it."""
-        limit, now = self.key.tokens_per_minute, self.clock()
+        limit = self.key.tokens_per_minute
         if limit is not None:
+            now = self.clock()
             self._balance = min(limit, self._balance + (now - self._balanced_at) * limit / 60) - num_tokens
             self._balanced_at = now
 

@@ -121,7 +121,7 @@ class ManyEngines(FirstEngine):
 
     @property
     def advances(self) -> bool:
-        return any(engine.advances for engine in self._engines.values())
+        return self.state == "ready" and any(engine.advances for engine in self._engines.values())
 
     @property
     def outage(self) -> EngineUnavailableError | None:
@@ -195,14 +195,15 @@ class ManyEngines(FirstEngine):
 
     def _counting(self, tap: Tap, work: Work | None) -> Tap:
         """`tap`, and what it takes is counted."""
+        if work is None:
+            return tap
+        count, take = self._fleet.add_tokens, tap.add
 
-        def take(output: RequestOutput) -> bool:
-            taken = tap(output)
-            if taken:
-                self._count(work, output)
-            return taken
+        def add(index: int, text: str, token_id: int, now: float) -> None:
+            count(work, 1)
+            take(index, text, token_id, now)
 
-        return take
+        return Tap(tap.ready, add)
 
     def _count(self, work: Work | None, output: RequestOutput) -> None:
         if work is not None:

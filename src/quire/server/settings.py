@@ -4,12 +4,15 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 
+import msgspec
+
 from quire.errors import ConfigError
 from quire.option_values import parse_size
 from quire.server.api_keys import ApiKey, plain_keys, read_key_lines, read_keys
 from quire.server.tools.detect import check_parser_names
 
 LOG_FORMATS = ("text", "json")
+_ADDRESS = re.compile(r"\[[0-9a-fA-F:.]+\]")
 _ROOT_PATH = re.compile(r"(/[\w.~-]+)*", re.ASCII)
 
 
@@ -114,7 +117,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for name in ("api_key", "allow_origins", "allowed_hosts", "allowed_media_domains"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            texts = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, name, tuple(one for text in texts for one in _as_texts(name, text)))
         for name in ("max_body_size", "max_header_size", "batch_dir_size", "max_file_size", "responses_store_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         for name, low, high in (
@@ -189,6 +193,18 @@ class ServerSettings:
             if any(key.digest == other.digest for other in plain):
                 raise ConfigError(f"api_keys {self.api_keys}: the key of {key.name!r} is also one of api_key")
         return plain + read
+
+
+def _as_texts(name: str, text: str) -> list[str]:
+    """One text, or the texts of a JSON list, as vLLM's command lines give them. Raises `ConfigError`."""
+    if name == "api_key" or not text.startswith("["):
+        return [text]
+    try:
+        return msgspec.json.decode(text, type=list[str])
+    except msgspec.DecodeError as error:
+        if _ADDRESS.fullmatch(text):
+            return [text]
+        raise ConfigError(f'{name} is {text!r}; give one value, or a JSON list such as ["a", "b"]: {error}') from None
 
 
 def is_loopback(host: str) -> bool:

@@ -35,7 +35,6 @@ _HEADERS = [
 class DirectWriter(Protocol):
     """Writes to the connection of a stream past ASGI, without a switch of tasks: the extension `DIRECT` of a scope."""
 
-    @property
     def ready(self) -> bool:
         """Whether the stream has begun and not ended, and the connection has room."""
         ...
@@ -43,6 +42,9 @@ class DirectWriter(Protocol):
     def write(self, data: bytes) -> None:
         """Write a part of the body; only while `ready`."""
         ...
+
+    @property
+    def num_writes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,11 @@ async def send_events(
     events: AsyncGenerator[bytes, None],
     stall_timeout: float,
     form: StreamForm,
+    direct: DirectWriter | None = None,
 ) -> None:
-    """Send `events` (encoded, one or more per item) as `form` says. An error before the first event is raised."""
-    async with aclosing(events), _StallWatch(stall_timeout) as watch:
+    """Send `events` (encoded, one or more per item) as `form` says. An error before the first event is raised. What
+    `direct` writes meanwhile breaks the silence, too."""
+    async with aclosing(events), _StallWatch(stall_timeout, direct) as watch:
         first = await anext(events, b"")
         headers = [(b"content-type", form.content_type), *_HEADERS, *form.headers]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -107,8 +111,9 @@ class _StallWatch:
     One timer serves the whole stream: a timeout around every write would cost as much as the write.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, direct: DirectWriter | None) -> None:
         self._timeout = timeout
+        self._direct = direct
         self._writing_since: float | None = None
         self._wrote_at = 0.0
         self._stalled = False
@@ -123,10 +128,16 @@ class _StallWatch:
     async def keep_alive(self, send: Send, ping: bytes) -> None:
         """Write `ping` whenever nothing was written for `PING_SECONDS`."""
         while True:
-            silent = self._loop.time() - self._wrote_at
+            silent, num_writes = self._loop.time() - self._wrote_at, self._num_direct_writes
             await asyncio.sleep(PING_SECONDS - silent if silent < PING_SECONDS else PING_SECONDS)
+            if self._num_direct_writes > num_writes:
+                self._wrote_at = self._loop.time()  # at some time since; a ping may come late
             if self._writing_since is None and self._loop.time() - self._wrote_at >= PING_SECONDS:
                 await self.write(send, ping)
+
+    @property
+    def _num_direct_writes(self) -> int:
+        return 0 if self._direct is None else self._direct.num_writes
 
     async def __aenter__(self) -> "_StallWatch":
         self._loop: AbstractEventLoop = asyncio.get_running_loop()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from quire.attention.triton import PlanBuffers
-from quire.config import SpeculativeConfig
 from quire.engine.core import EngineCore
 from quire.grammar.cache import GrammarCache
 from quire.kernels import kernels_for
@@ -31,6 +30,7 @@ from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.step_times import StepCurve, StepTimes
+from quire.speculative_config import SpeculativeConfig
 from quire.step import StepPlan, TokenLogprobs
 
 pytestmark = [

@@ -87,8 +87,9 @@ def test_floats_and_what_a_family_reads_itself(config: dict[str, Any]) -> None:
     ("config", "message"),
     [
         ({"quant_method": "torchao"}, 'quantization_config is "torchao"; supported: floats, gptq, awq, compressed-t'),
-        ({"bits": 4}, 'quantization_config is "missing"; supported: floats, gptq'),
-        ({"quant_method": ["gptq"]}, 'quantization_config is ["gptq"]; supported'),
+        ({"bits": 4}, "quantization_config.quant_method is missing; supported: floats, gptq"),
+        ({"quant_method": None}, "quantization_config.quant_method is missing; supported: floats, gptq"),
+        ({"quant_method": ["gptq"]}, 'quantization_config.quant_method is ["gptq"]; supported'),
         ("gptq", 'quantization_config is "gptq"; supported: an object'),
         ({**GPTQ, "bits": 5}, "quantization_config.bits is 5; supported: 2, 3, 4, 8"),
         ({**GPTQ, "bits": True}, "quantization_config.bits is true; supported: 2, 3, 4, 8"),

@@ -16,6 +16,7 @@ from quire.engine.tokenizer_files.sentencepiece import is_sentencepiece, read_se
 from quire.engine.tokenizer_files.tokenizer_json import read_tokenizer_json
 from quire.engine.tokenizer_files.word_pieces import read_vocab_txt
 from quire.gguf.file import is_gguf
+from quire.model_config.file_kinds import is_file
 
 Read = Callable[[Path, dict[str, Any]], Tokenizer]
 """A file and the folder's tokenizer_config.json → a tokenizer; raises `CheckpointError`."""
@@ -52,7 +53,8 @@ def find_tokenizer_file(folder: Path) -> tuple[Path, Read] | None:
     if is_gguf(folder):
         return folder, read_gguf_tokenizer
     for row in TOKENIZER_FILES:
-        for path in sorted(folder.glob(row.pattern)):
-            if path.is_file():
+        # Globbing passes over a name that is a link to nothing.
+        for path in sorted(folder.glob(row.pattern)) if "*" in row.pattern else [folder / row.pattern]:
+            if is_file(path):
                 return path, row.read
     return None

@@ -17,6 +17,7 @@ from quire.engine.tokenizer_files.gguf import gguf_settings
 from quire.errors import CheckpointError
 from quire.gguf.file import is_gguf
 from quire.model_config import read_json
+from quire.model_config.file_kinds import is_file
 
 CONFIG_FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -30,7 +31,7 @@ def read_optional(path: Path) -> dict[str, Any]:
     metadata say what tokenizer_config.json would hold."""
     if is_gguf(path.parent):
         return gguf_settings(path.parent) if path.name == CONFIG_FILE else {}
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_file(path) else {}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

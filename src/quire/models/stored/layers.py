@@ -57,6 +57,9 @@ class StoredLayers:
                 raise CheckpointError(f"tensor {name}.bias is not zero, but the family's layer has no bias")
         return LinearWeight(matrix, self._files.take(f"{name}.bias", shape[:1]) if bias else None)
 
+    def release(self, tensor: Tensor) -> None:
+        self._files.release(tensor)
+
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._files.finish(ignored)
 

@@ -59,7 +59,8 @@ def read_stored_weights(
     reader = STORED_FORMATS.get(method) if isinstance(method, str) else None
     if reader is None:
         known = ", ".join(("floats", *STORED_FORMATS, *FAMILY_FORMATS))
-        raise CheckpointError(f"{fields.path}: {fields.name} is {shown(method)}; supported: {known}")
+        key = fields.name if isinstance(method, str) else f"{fields.name}.quant_method"
+        raise CheckpointError(f"{fields.path}: {key} is {shown(method)}; supported: {known}")
     return reader(fields)
 
 
@@ -69,7 +70,7 @@ def _method(values: dict[str, Any]) -> object:
         return values["quant_method"]
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
         return "bitsandbytes"
-    return "compressed-tensors" if "config_groups" in values else "missing"
+    return "compressed-tensors" if "config_groups" in values else None
 
 
 def _holds_only_kv_scales(config: Fields) -> bool:

@@ -1,7 +1,7 @@
 """MessageRenderer: an Answer as Anthropic's message, or as its events. And Anthropic's form of errors."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from quire.server.errors import ErrorForm
 from quire.server.event_frame import GAP, EventFrame
 from quire.server.generation import UsageCounter
 from quire.server.parts import Added, Change, Closed, Opened, Part, PartKind, PartList
+from quire.server.tools.events import TextDelta
 
 PING = sse({"type": "ping"}, "ping")
 _UNSIGNED = "unsigned"
@@ -52,16 +53,25 @@ class MessageRenderer(Renderer):
         return [sse({"type": "message_start", "message": start}, "message_start"), PING]
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
-        if (text := choice.only_text(delta)) and (part := self._parts.extend_text(text)):
-            if self._frame is None or self._frame[0] is not part:
-                event = _event("content_block_delta", part, delta=_delta(PartKind.TEXT, GAP))
-                self._frame = (part, EventFrame(event))
-            return self._frame[1].fill(text)
+        if text := choice.only_text(delta):
+            return self._add_text(text)
         changes = self._parts.read(choice.events)
         if delta.finished:
             changes += self._parts.close()
             self._last, self._stop_reason = delta, self._reason(choice, delta)
         return b"".join(event for change in changes for event in _events(change))
+
+    def text_events(self, choice: Choice, usage: UsageCounter) -> Callable[[str], bytes] | None:
+        return self._add_text
+
+    def _add_text(self, text: str) -> bytes:
+        part = self._parts.extend_text(text)
+        if part is None:
+            return b"".join(event for change in self._parts.read([TextDelta(text)]) for event in _events(change))
+        if self._frame is None or self._frame[0] is not part:
+            event = _event("content_block_delta", part, delta=_delta(PartKind.TEXT, GAP))
+            self._frame = (part, EventFrame(event))
+        return self._frame[1].fill(text)
 
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
         delta = {"stop_reason": self._stop_reason, "stop_sequence": _stop_sequence(self._last)}

@@ -1,7 +1,7 @@
 """ResponseRenderer: an Answer as a response object, or as its events."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from quire.server.responses.protocol import (
     ResponseObject,
     ResponseUsage,
 )
+from quire.server.tools.events import TextDelta
 
 Json = dict[str, Any]
 
@@ -53,13 +54,22 @@ class ResponseRenderer(Renderer):
         return [self._event(f"response.{name}", response=self.response) for name in ("created", "in_progress")]
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
-        if self.logprobs is None and (text := choice.only_text(delta)) and (part := self._parts.extend_text(text)):
-            return self._text_event(part, text)
+        if self.logprobs is None and (text := choice.only_text(delta)):
+            return self._add_text(text)
         self._finish_reason = delta.finish_reason
         self._pending += self._entries(delta)
         changes = self._parts.read(choice.events)
         if delta.finished:
             changes += self._parts.close()
+        return b"".join(event for change in changes for event in self._events(change))
+
+    def text_events(self, choice: Choice, usage: UsageCounter) -> Callable[[str], bytes] | None:
+        return self._add_text if self.logprobs is None else None
+
+    def _add_text(self, text: str) -> bytes:
+        if (part := self._parts.extend_text(text)) is not None:
+            return self._text_event(part, text)
+        changes = self._parts.read([TextDelta(text)])
         return b"".join(event for change in changes for event in self._events(change))
 
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
