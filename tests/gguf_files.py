@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 Array = NDArray[np.float32]
-PERMUTED = ("llama", "granite", "smollm3", "arcee")
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee")
 """Architectures that llama.cpp rotates in neighbouring pairs, although the original rotates halves."""
 GROUPED = ("gptneox", "bloom", "falcon")
 TRANSPOSED = ("gpt2",)
@@ -41,10 +41,17 @@ _SIZES = {
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
     "attention.sliding_window": ("sliding_window",),
-    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
     "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "expert_shared_count": ("n_shared_experts",),
+    "leading_dense_block_count": ("first_k_dense_replace",),
+    "expert_group_count": ("n_group",),
+    "expert_group_used_count": ("topk_group",),
+    "attention.kv_lora_rank": ("kv_lora_rank",),
+    "attention.q_lora_rank": ("q_lora_rank",),
+    "attention.value_length_mla": ("v_head_dim",),
 }
 _NUMBERS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
@@ -107,8 +114,12 @@ def converted(folder: Path, arch: str, config: dict[str, Any]) -> dict[str, Arra
     names = get_tensor_name_map(next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), num_layers)
     tensors: dict[str, Array] = {}
     stacks: dict[str, dict[int, Array]] = {}
-    for original, stored in load_file(folder / "model.safetensors").items():
-        array = stored.astype(np.float32)
+    found = {
+        name: array.astype(np.float32)
+        for original, stored in load_file(folder / "model.safetensors").items()
+        for name, array in _split(original, stored, config)
+    }
+    for original, array in found.items():
         if config.get("tie_word_embeddings") and original == "lm_head.weight":
             continue
         if match := _EXPERT.fullmatch(original):
@@ -125,6 +136,33 @@ def converted(folder: Path, arch: str, config: dict[str, Any]) -> dict[str, Arra
     for name, parts in stacks.items():
         tensors[name] = np.stack([parts[index] for index in range(len(parts))])
     return tensors
+
+
+def _split(original: str, array: Array, config: dict[str, Any]) -> list[tuple[str, Array]]:
+    """What one stored tensor is before it gets llama.cpp's names: experts in one tensor, parts of latents, sinks."""
+    stem, _, end = original.rpartition(".")
+    kind = config["model_type"]
+    if kind == "gpt_oss" and end.startswith(("gate_up_proj", "down_proj")):
+        whole, ending = array.astype(np.float32), ".bias" if end.endswith("_bias") else ".weight"
+        whole = whole.swapaxes(1, 2) if ending == ".weight" else whole  # [experts, outputs, inputs]
+        if end.startswith("down"):
+            return [(f"{stem}.down_proj{ending}", whole)]
+        return [(f"{stem}.gate_proj{ending}", whole[:, ::2]), (f"{stem}.up_proj{ending}", whole[:, 1::2])]
+    if end == "sinks":
+        return [(f"{original}.weight", array)]
+    if kind == "granitemoe" and original.endswith("input_linear.weight"):
+        scope, (gate, up) = stem.removesuffix(".input_linear"), np.split(array, 2, axis=1)
+        return [(f"{scope}.experts.w1.weight", gate), (f"{scope}.experts.w3.weight", up)]
+    if kind == "granitemoe" and original.endswith("output_linear.weight"):
+        return [(f"{stem.removesuffix('.output_linear')}.experts.w2.weight", array)]
+    if original.endswith("kv_b_proj.weight"):
+        heads = array.reshape(config["num_attention_heads"], -1, array.shape[1])
+        keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+        scope = stem.removesuffix("kv_b_proj")
+        return [(f"{scope}k_b_proj.weight", keys.swapaxes(1, 2)), (f"{scope}v_b_proj.weight", values)]
+    if original.endswith("e_score_correction_bias"):
+        return [(original.replace("_bias", ".bias"), array)]
+    return [(original, array)]
 
 
 def _changed(array: Array, original: str, arch: str, config: dict[str, Any]) -> Array:
@@ -178,12 +216,24 @@ def _metadata(config: dict[str, Any]) -> dict[str, Any]:
     head_dim = found.get("attention.key_length") or found["embedding_length"] // num_heads
     share = _first(flat, ("partial_rotary_factor", "rotary_pct")) or 1.0
     found["rope.dimension_count"] = int(head_dim * share)
+    if config.get("kv_lora_rank"):
+        rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+        found |= {"rope.dimension_count": rotated, "attention.head_count_kv": 1, "attention.value_length": rank}
+        found |= {"attention.key_length": rank + rotated}
+        found["attention.key_length_mla"] = config["qk_nope_head_dim"] + rotated
+        found["expert_weights_scale"] = float(config["routed_scaling_factor"])
+        if config["model_type"] == "deepseek_v3":
+            found |= {"expert_gating_func": 2, "expert_weights_norm": config["norm_topk_prob"]}
+    if config["model_type"] == "gpt_oss":
+        found["expert_feed_forward_length"] = config["intermediate_size"]
     if "use_parallel_residual" in config:
         found["use_parallel_residual"] = config["use_parallel_residual"]
     if rope.get("rope_type") in ("linear", "yarn"):
         found |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
     if rope.get("rope_type") == "yarn":
         found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        if "mscale_all_dim" in rope:
+            found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return found
 
 

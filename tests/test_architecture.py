@@ -50,7 +50,7 @@ LEVELS = (
     {"kv_cache", "models", "sampling", "lora"},
     {"scheduler", "runner", "routing", "kv_events", "parallel"},
     {"engine", "simulation"},
-    {"llm", "llm_vectors", "server", "router", "cluster", "cli"},
+    {"llm", "llm_vectors", "server", "router", "cluster", "convert", "cli"},
     {"__main__"},
 )
 """From the vocabulary up. A room imports rooms below, and its neighbours as long as they do not import it."""

@@ -42,6 +42,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("llama", {}),
     "qwen2-moe": ("qwen2moe", {"mlp_only_layers": []}),
     "phi3": ("phi3", {}),
+    "granite-moe": ("granitemoe", {}),
+    "gpt-oss": ("gpt-oss", {}),
+    "deepseek-v2": (
+        "deepseek2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 0.9,  # the file has one number for both
+                "mscale_all_dim": 0.9,
+            }
+        },
+    ),
+    "deepseek-v3": ("deepseek2", {}),
     "stablelm-parallel": ("stablelm", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
     "gpt2": ("gpt2", {}),

@@ -35,6 +35,7 @@ GROUPS: dict[Group, dict[str, str]] = {
         "list": "List the models kept on this machine.",
         "show": "Show what a kept model is, without loading it.",
         "rm": "Remove kept models.",
+        "convert": "Quantise a model once, or change its format, and keep the result.",
     },
     _WATCH: {
         "ps": "List the requests that a running server computes, and the memory they hold.",
@@ -67,6 +68,11 @@ EXAMPLES = {
     "generate": ("generate 'ROMEO:' --max-tokens 40", "generate --model org/name < prompt.txt"),
     "pull": ("pull smollm2", "pull org/name@main", "pull org/name:model.Q4_K_M.gguf"),
     "rm": ("rm org/name",),
+    "convert": (
+        "convert /models/Qwen3-0.6B --to int4",
+        "convert smollm2 --to bf16 --output smollm2-bf16",
+        "convert org/name --to gguf:Q8_0",
+    ),
     "top": ("top --url http://127.0.0.1:8000",),
     "router": ("router --backends http://10.0.0.1:8000,http://10.0.0.2:8000",),
     "plan": ("plan org/name --device H100",),

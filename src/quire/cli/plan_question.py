@@ -163,6 +163,8 @@ def _expectations(question: Question, plan: MemoryPlan, most: int, on_step: OnSt
 def _alternatives(question: Question) -> list[tuple[str, Question]]:
     """Other ways to store or run the model, each with one thing changed."""
     config = question.config
+    if question.model.packed_as is not None:
+        return []  # packed weights have one form, on one kind of device
     now = question.model.checkpoint_dtype if config.dtype == "auto" else config.dtype
     others = []
     if config.quantization is None and now == "float32":

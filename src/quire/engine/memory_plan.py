@@ -16,9 +16,11 @@ from quire.engine.memory_refusals import (
     check_backend,
     check_context,
     check_model_fits,
+    check_packed_form,
     check_parts,
     check_pool,
     check_whole_texts,
+    with_packed_form,
 )
 from quire.engine.memory_sizes import available_memory, show_bytes
 from quire.engine.state_memory import StateMemory, plan_states
@@ -192,6 +194,7 @@ def plan_memory(
     plan follows from its size alone, never from what other processes have taken of it at this moment.
     """
     device = device or find_device(config.device)
+    config = with_packed_form(config, model)
     num_ranks = config.tensor_parallel_size
     check_devices(num_ranks, device)
     model = divide(model, num_ranks)
@@ -199,6 +202,7 @@ def plan_memory(
     if model.needs_whole_texts:
         longest = check_whole_texts(config, model, longest)
     choice = _choose_storage(config, model, device, longest)
+    check_packed_form(model, choice.backend)
     check_backend(config, choice, device)
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None

@@ -3,6 +3,8 @@
 `ConfigError` is raised for options that contradict each other or the backend, `MemoryPlanError` for what does not fit.
 """
 
+from dataclasses import replace
+
 from quire.backends import BACKENDS
 from quire.config import EngineConfig
 from quire.dtypes import DTYPE_BYTES
@@ -46,6 +48,36 @@ def check_backend(config: EngineConfig, choice: StorageChoice, device: Device) -
         raise ConfigError(
             f"quantization is {config.quantization}, but the {name} backend has no layers of few bits; leave it out, "
             f"or choose attention_backend {' or '.join(able)}"
+        )
+
+
+def with_packed_form(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """The options with the quantisation that a folder of packed weights has. Raises `ConfigError` for another one."""
+    if model.packed_as is None:
+        return config
+    if config.quantization not in (None, model.packed_as):
+        raise ConfigError(
+            f"quantization is {config.quantization}, but the folder holds weights packed as {model.packed_as}; leave "
+            "it out, or serve the original"
+        )
+    if config.load_format == "dummy":
+        raise ConfigError(
+            "load_format is dummy, but the folder holds packed weights; leave it out, or give the original"
+        )
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, but the folder holds packed weights, which cannot "
+            "be divided; serve the original"
+        )
+    return replace(config, quantization=model.packed_as)
+
+
+def check_packed_form(model: ModelConfig, backend: str) -> None:
+    """Packed weights lie as the CPU's kernels read them."""
+    if model.packed_as is not None and backend != "cpu":
+        raise ConfigError(
+            f"the folder holds weights packed for the kernels of the CPU, and the {backend} backend is chosen; leave "
+            "attention_backend and device out, or serve the original"
         )
 
 

@@ -106,7 +106,8 @@ def preload(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, f
     if plan.device == "cpu":
         num_tokens = min(plan.max_num_batched_tokens, _MAX_PREALLOCATED_TOKENS)
         arena = MallocArena(plan.activations + plan.logprobs, model_config.spec.activation_bytes(num_tokens, 1))
-    if plan.attention_backend != PACKING_BACKEND or model_config.computed_by:
+    # Packed weights are used where their file is mapped.
+    if plan.attention_backend != PACKING_BACKEND or model_config.computed_by or model_config.packed_as:
         return Preloader(source, 0, arena=arena)
     cache = None
     if config.weights_cache is not None and source is not None:

@@ -16,7 +16,8 @@ head."""
 
 Names = Mapping[str, str]
 """A tensor's name in GGUF without its ending → in the original. "{expert}" stands for each expert of a stack, "{head}"
-for each head."""
+for each head. A name that begins with WHOLE is the original's whole name, which has no ending."""
+WHOLE = "="
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class Family:
     """Norms are stored as 1 + weight."""
     settings: Names = field(default_factory=dict)
     """A key of config.json → the key of the metadata, without the architecture before it. Numbers and flags."""
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    """What is added to the object of a stretched rotary embedding."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """What llama.cpp computes for the architecture, whatever the metadata say, by keys of config.json."""
 
@@ -77,7 +80,7 @@ _SHARED_EXPERTS = {
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
-    "exp_probs_b": "mlp.gate.e_score_correction",
+    "exp_probs_b": f"{WHOLE}mlp.gate.e_score_correction_bias",
 }
 _MIXTRAL = {
     **_LLAMA,
@@ -85,6 +88,30 @@ _MIXTRAL = {
     "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
     "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+}
+_PHIMOE = {**_MIXTRAL, "attn_output": "self_attn.o_proj"}
+_GRANITE_MOE = {**_MIXTRAL, "ffn_gate_inp": "block_sparse_moe.router.layer"}
+_GPT_OSS = {
+    **_EXPERTS,
+    "ffn_gate_inp": "mlp.router",
+    "attn_sinks": f"{WHOLE}self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+}
+_DEEPSEEK2 = {
+    **_TWO_NORMS,
+    **_MLP,
+    **{part: name for part, name in _EXPERTS.items() if "ffn_" in part},
+    **_SHARED_EXPERTS,
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
+    "attn_output": "self_attn.o_proj",
 }
 _STABLELM = {
     **_LLAMA,
@@ -145,6 +172,13 @@ _GROUPED_SETTINGS = {
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
 }
+_DEEPSEEK2_SETTINGS = {
+    **{key: stored for key, stored in _GROUPED_SETTINGS.items() if key != "norm_topk_prob"},
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "q_lora_rank": "attention.q_lora_rank",
+    "qk_rope_head_dim": "rope.dimension_count",
+    "v_head_dim": "attention.value_length_mla",
+}
 _WINDOW = {"sliding_window": "attention.sliding_window"}
 _GEMMA3_SETTINGS = {**_WINDOW, "rope_local_base_freq": "rope.freq_base_swa"}
 _SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
@@ -168,6 +202,46 @@ FAMILIES: dict[str, Family] = {
         parts=_EXPERTS,
         settings=_EXPERT_SETTINGS,
         values={"norm_topk_prob": True},
+    ),
+    "granitemoe": Family(
+        architecture="GraniteMoeForCausalLM",
+        ends=_ENDS,
+        parts=_GRANITE_MOE,
+        row_order="pairs",
+        settings={
+            **_GRANITE_SETTINGS,
+            "num_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+        },
+    ),
+    "phimoe": Family(
+        architecture="PhimoeForCausalLM",
+        ends=_ENDS,
+        parts=_PHIMOE,
+        settings={**_WINDOW, "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+        values={"head_bias": True},
+    ),
+    "gpt-oss": Family(
+        architecture="GptOssForCausalLM",
+        ends=_ENDS,
+        parts=_GPT_OSS,
+        settings={
+            **_WINDOW,
+            "num_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "intermediate_size": "expert_feed_forward_length",
+        },
+        rope={"truncate": False},
+    ),
+    "deepseek2": Family(
+        architecture="DeepseekV2ForCausalLM", ends=_ENDS, parts=_DEEPSEEK2, settings=_DEEPSEEK2_SETTINGS
+    ),
+    "deepseek2 with sigmoids": Family(
+        architecture="DeepseekV3ForCausalLM",
+        ends=_ENDS,
+        parts=_DEEPSEEK2,
+        settings={**_DEEPSEEK2_SETTINGS, "norm_topk_prob": "expert_weights_norm"},
+        values={"norm_topk_prob": False},
     ),
     "olmoe": Family(architecture="OlmoeForCausalLM", ends=_ENDS, parts=_EXPERTS, settings=_EXPERT_SETTINGS),
     "gemma": Family(architecture="GemmaForCausalLM", ends=_ENDS, parts=_LLAMA, unit_offset=True),

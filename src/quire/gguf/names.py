@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quire.errors import CheckpointError
-from quire.gguf.families import FAMILIES, Family
+from quire.gguf.families import FAMILIES, WHOLE, Family
 from quire.gguf.file import GgufFile
 from quire.gguf.header import GgufTensor
 
 _BLOCK = "blk."
-_NO_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_SOFTMAX, _SIGMOID = 1, 2
+"""How a router's scores are made, by llama.cpp's number."""
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that are part of the config."""
 _UNREAD = ("attn_rot_embd", "nextn.")
 """Tensors of a layer that llama.cpp does not read either."""
@@ -34,22 +36,29 @@ class NamedTensor:
 
 def family_of(file: GgufFile) -> Family:
     """Raises `CheckpointError` for an architecture that has no row."""
+    return FAMILIES[family_key(file)]
+
+
+def family_key(file: GgufFile) -> str:
+    """The key of a file's row in FAMILIES. Raises `CheckpointError` for an architecture that has none."""
     name = file.architecture
     if name == "llama" and file.integer("llama.expert_count", 0, minimum=0):
         name = "llama with experts"
     if name == "falcon" and f"{_BLOCK}0.attn_norm_2.weight" in file.tensors:
         name = "falcon with two norms"
+    if name == "deepseek2" and file.integer("deepseek2.expert_gating_func", _SOFTMAX) == _SIGMOID:
+        name = "deepseek2 with sigmoids"
     if name not in FAMILIES:
         known = ", ".join(each for each in FAMILIES if " " not in each)
         raise CheckpointError(f"{file.path}: general.architecture is {name[:100]}; supported: {known}")
-    return FAMILIES[name]
+    return name
 
 
 def named_tensors(file: GgufFile) -> dict[str, NamedTensor]:
     """Every tensor by its original name. One that the family does not know keeps its own name, so that it is found to
     be left over."""
     family = family_of(file)
-    return dict(pair for name in file.tensors if name not in _NO_WEIGHTS for pair in _named(file, family, name))
+    return dict(pair for name in file.tensors if name not in FACTORS for pair in _named(file, family, name))
 
 
 def _named(file: GgufFile, family: Family, name: str) -> Iterator[tuple[str, NamedTensor]]:
@@ -64,9 +73,10 @@ def _named(file: GgufFile, family: Family, name: str) -> Iterator[tuple[str, Nam
     original = names.get(part)
     if original is None:
         yield name, NamedTensor(name, tensor, part)
+    elif original.startswith(WHOLE):
+        yield prefix + original.removeprefix(WHOLE), NamedTensor(name, tensor, part)
     elif "{" not in original:
-        full = f"{prefix}{original}_{ending}" if part == "exp_probs_b" else f"{prefix}{original}.{ending}"
-        yield full, NamedTensor(name, tensor, part)
+        yield f"{prefix}{original}.{ending}", NamedTensor(name, tensor, part)
     else:
         for index in range(tensor.shape[0]):
             full = f"{prefix}{original.format(expert=index, head=index)}.{ending}"

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,7 +108,13 @@ def _matches(names: str | tuple[str, ...], module: str) -> bool:
 
 def _by_pattern(patterns: Mapping[str, V], module: str, default: V) -> V:
     """The value of the first pattern that fits the end of the module's name."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if _compiled(rf"(.*\.)?({key})$").match(module)), default)
+
+
+@lru_cache(maxsize=2 * _MOST_ENTRIES)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """`re` itself remembers a few hundred: a config with thousands would be compiled for every module."""
+    return re.compile(pattern)
 
 
 class _Reader:

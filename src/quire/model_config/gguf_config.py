@@ -42,8 +42,9 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         **sizes,
         **_settings(file, family, prefix),
         **_biases(file),
-        **_rope(file, prefix, sizes["head_dim"], sizes["max_position_embeddings"]),
+        **_rope(file, family, prefix, sizes),
         **_of_falcon(file, sizes),
+        **_of_latents(file, prefix),
         "rms_norm_eps": _norm_eps(file, prefix),
         "query_pre_attn_scalar": _query_scalar(file, sizes),
         "multi_query": sizes["num_key_value_heads"] == 1,
@@ -110,7 +111,8 @@ def _sizes(file: GgufFile, prefix: str) -> dict[str, Any]:
     if table.shape[1] != hidden:
         raise file.refusal(f"{prefix}embedding_length", f"{table.shape[1]}, the width of token_embd.weight")
     head_dim = file.integer(f"{prefix}attention.key_length", max(1, hidden // num_heads))
-    if file.integer(f"{prefix}attention.value_length", head_dim) != head_dim:
+    is_latent = f"{prefix}attention.kv_lora_rank" in file.metadata
+    if not is_latent and file.integer(f"{prefix}attention.value_length", head_dim) != head_dim:
         raise file.refusal(f"{prefix}attention.value_length", f"{head_dim}, the length of keys")
     return {
         "vocab_size": table.shape[0],
@@ -118,7 +120,8 @@ def _sizes(file: GgufFile, prefix: str) -> dict[str, Any]:
         "intermediate_size": file.integer(f"{prefix}feed_forward_length", 4 * hidden),
         "num_hidden_layers": file.integer(f"{prefix}block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": file.integer(f"{prefix}attention.head_count_kv", num_heads),
+        # All heads share a latent row, which llama.cpp counts as one KV head.
+        "num_key_value_heads": num_heads if is_latent else file.integer(f"{prefix}attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": file.integer(f"{prefix}context_length"),
     }
@@ -135,7 +138,7 @@ def _settings(file: GgufFile, family: Family, prefix: str) -> dict[str, Any]:
 
 def _biases(file: GgufFile) -> dict[str, Any]:
     """Flags that a file says by its tensors."""
-    attention = any(f"blk.0.{part}.bias" in file.tensors for part in ("attn_q", "attn_qkv"))
+    attention = any(f"blk.0.{part}.bias" in file.tensors for part in ("attn_q", "attn_qkv", "attn_kv_a_mqa"))
     return {
         "attention_bias": attention,
         "qkv_bias": attention,
@@ -151,6 +154,18 @@ def _of_falcon(file: GgufFile, sizes: dict[str, Any]) -> dict[str, Any]:
     return {"new_decoder_architecture": sizes["num_key_value_heads"] > 1, "num_ln_in_parallel_attn": num_norms}
 
 
+def _of_latents(file: GgufFile, prefix: str) -> dict[str, Any]:
+    """Sizes of latent attention (DeepSeek); a file without a rank of queries has one matrix for them."""
+    if f"{prefix}attention.kv_lora_rank" not in file.metadata:
+        return {}
+    rope_dim = file.integer(f"{prefix}rope.dimension_count")
+    length = file.integer(f"{prefix}attention.key_length_mla", file.integer(f"{prefix}attention.key_length"))
+    if length <= rope_dim:
+        raise file.refusal(f"{prefix}attention.key_length_mla", f"more than the {rope_dim} rotated elements")
+    rank = file.metadata.get(f"{prefix}attention.q_lora_rank")
+    return {"qk_nope_head_dim": length - rope_dim, "q_lora_rank": rank or None}
+
+
 def _norm_eps(file: GgufFile, prefix: str) -> float:
     keys = (f"{prefix}attention.layer_norm_rms_epsilon", f"{prefix}attention.layer_norm_epsilon")
     return file.number(next((key for key in keys if key in file.metadata), keys[0]), 1e-5)
@@ -163,15 +178,21 @@ def _query_scalar(file: GgufFile, sizes: dict[str, Any]) -> float:
     return float(sizes["head_dim"])
 
 
-def _rope(file: GgufFile, prefix: str, head_dim: int, max_position: int) -> dict[str, Any]:
+def _rope(file: GgufFile, family: Family, prefix: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    head_dim, max_position = sizes["head_dim"], sizes["max_position_embeddings"]
     rotated = file.integer(f"{prefix}rope.dimension_count", head_dim)
     if rotated % 2 or rotated > head_dim:
         raise file.refusal(f"{prefix}rope.dimension_count", f"an even number of at most a head's {head_dim} elements")
     values: dict[str, Any] = {"rope_theta": file.number(f"{prefix}rope.freq_base", 10000.0)}
-    if rotated != head_dim:
+    # Latent attention rotates a part of its own, whole.
+    if rotated != head_dim and f"{prefix}attention.kv_lora_rank" not in file.metadata:
         values["partial_rotary_factor"] = rotated / head_dim
     stretch = _stretch(file, prefix, rotated // 2, max_position)
-    return values | ({"rope_scaling": stretch} if stretch else {})
+    if not stretch:
+        return values
+    # Phi-3's config.json has the training length outside the object too, and reads that one.
+    original = {key: stretch[key] for key in ("original_max_position_embeddings",) if key in stretch}
+    return {**values, **original, "rope_scaling": {**stretch, **family.rope}}
 
 
 def _stretch(file: GgufFile, prefix: str, num_pairs: int, max_position: int) -> dict[str, Any]:
@@ -195,7 +216,11 @@ def _stretch(file: GgufFile, prefix: str, num_pairs: int, max_position: int) -> 
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     betas = {name: file.number(f"{prefix}rope.scaling.yarn_{name}", default) for name, default in _BETAS.items()}
-    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas}
+    values: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    if multiplier := file.number(f"{prefix}rope.scaling.yarn_log_multiplier", 0.0):
+        # The converter writes a tenth of mscale_all_dim; published models have the same mscale beside it.
+        values |= {"mscale": 10 * multiplier, "mscale_all_dim": 10 * multiplier}
+    return {**values, **betas}
 
 
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}

@@ -20,6 +20,7 @@ from quire.model_config.folder_kinds import describe_missing
 from quire.model_config.generic import generic_fields
 from quire.model_config.gguf_config import block_bytes_of, config_of
 from quire.model_config.latent import LatentShape
+from quire.model_config.packed_folder import packed_as
 from quire.model_config.pooling import PoolingConfig, Task, read_max_length, read_pooling, with_task
 from quire.model_config.recurrent import RecurrentConfig
 from quire.model_config.rope import RopeConfig
@@ -188,6 +189,8 @@ class ModelConfig:
     """How the checkpoint stores dense layers in few bits; None: in floats."""
     kept: KeptBits | None = None
     """What the files hold of them, as kernels that keep these bits store it; None: layers become floats."""
+    packed_as: str | None = None
+    """The quantisation by which the files hold packed weights; None: they hold the checkpoint's own."""
     checkpoint_dtype: str = "float32"
     block_bytes: int = 0
     """Bytes of the weights of a checkpoint in blocks of few bits (GGUF), which a CPU multiplies as they are stored; 0
@@ -212,6 +215,7 @@ class ModelConfig:
             eos_token_ids=read_end_tokens(path, config.eos_token_ids),
             pooling=read_pooling(path, values, config.architecture, is_encoder=config.is_encoder),
             max_text_length=read_max_length(path.parent),
+            packed_as=packed_as(path.parent),
         )
 
     def for_task(self, task: str, pooling_type: str = "auto", token_ids: tuple[int, ...] = ()) -> "ModelConfig":

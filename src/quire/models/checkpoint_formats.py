@@ -14,6 +14,7 @@ from quire.errors import CheckpointError
 from quire.gguf.file import is_gguf
 from quire.model_config.file_kinds import is_file
 from quire.model_config.folder_kinds import describe_kind, name_some
+from quire.model_config.packed_folder import PACKED_FILE
 from quire.models.safetensors_weights import SafetensorsWeights
 from quire.models.stored.layers import StoredLayers
 from quire.models.weights import TensorSource
@@ -33,6 +34,7 @@ class CheckpointFormat:
 
 
 CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
+    "packed weights": CheckpointFormat("quire.models.packed_checkpoint:PackedCheckpoint", (PACKED_FILE,)),
     "safetensors": CheckpointFormat(
         "quire.models.safetensors_weights:SafetensorsWeights", ("model.safetensors.index.json", "model.safetensors")
     ),

@@ -21,6 +21,7 @@ from quire.model_config.folder_kinds import name_some
 from quire.models.mapped_file import MappedFile
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LATENT_UP = "kv_b_proj.weight"
 _NORMS = ("norm", "norm_2")
 """How the names of norms end, apart from their layer's number."""
 
@@ -33,7 +34,7 @@ class GgufWeights:
     def __init__(self, file: GgufFile) -> None:
         self._path = file.path
         self._family = family_of(file)
-        self._row_orders = _row_orders(file, self._family.row_order)
+        self._row_orders = row_orders(file, self._family.row_order)
         self._tensors: Mapping[str, NamedTensor] = named_tensors(file)
         self._taken: set[str] = set()
         self._mapped: dict[Path, MappedFile] = {}
@@ -45,13 +46,15 @@ class GgufWeights:
         return cls(read_gguf(path))
 
     def has(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._tensors or self._is_split(name)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor in a float type."""
+        if name not in self._tensors and self._is_split(name):
+            return self._joined(name, shape)
         matrix = self._take(name, shape)
         floats = dequantize(matrix).view(shape) if isinstance(matrix, BlockMatrix) else matrix
         return floats - 1 if self._has_unit_offset(name) else floats
@@ -61,6 +64,8 @@ class GgufWeights:
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         """GGUF stores every matrix as [outputs, inputs], `transposed` or not."""
+        if self._is_split(f"{name}.weight"):
+            return LinearWeight(self.take(f"{name}.weight", shape))
         weight = self._take(f"{name}.weight", shape)
         return LinearWeight(weight, self.take(f"{name}.bias", shape[:1]) if bias else None)
 
@@ -100,6 +105,28 @@ class GgufWeights:
             return matrix
         return matrix.select_rows(order) if isinstance(matrix, BlockMatrix) else matrix[order]
 
+    def _is_split(self, name: str) -> bool:
+        """Whether the file has a projection of latents to keys and values in two parts."""
+        return name.endswith(_LATENT_UP) and self._tensors.keys() >= set(self._halves(name))
+
+    @staticmethod
+    def _halves(name: str) -> tuple[str, str]:
+        scope = name.removesuffix(_LATENT_UP)
+        return f"{scope}k_b_proj.weight", f"{scope}v_b_proj.weight"
+
+    def _joined(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Keys lie as [heads, latent, size] and values as [heads, size, latent]; the original has each head's rows."""
+        keys, values = (self.take(half, self._tensors[half].shape) for half in self._halves(name))
+        if keys.dim() != 3 or values.dim() != 3 or (keys.shape[0], keys.shape[1]) != (values.shape[0], values.shape[2]):
+            raise CheckpointError(
+                f"{self._path}: attn_k_b and attn_v_b of {name} have shapes {list(keys.shape)} and "
+                f"{list(values.shape)}; expected [heads, latent, size] and [heads, size, latent]"
+            )
+        joined = torch.cat((keys.float().transpose(1, 2), values.float()), dim=1).flatten(0, 1)
+        if tuple(joined.shape) != shape:
+            raise CheckpointError(f"{self._path}: {name} has shape {list(joined.shape)}, expected {list(shape)}")
+        return joined
+
     def _view(self, named: NamedTensor, shape: tuple[int, ...]) -> Table:
         tensor = named.tensor
         begin = tensor.begin
@@ -134,7 +161,7 @@ class GgufWeights:
         return f"its {len(self._tensors)} tensors include {name_some(sorted(self._tensors))}"
 
 
-def _row_orders(file: GgufFile, row_order: str) -> dict[str, Tensor]:
+def row_orders(file: GgufFile, row_order: str) -> dict[str, Tensor]:
     """For each part whose rows were reordered, the stored rows in the original order."""
     prefix = f"{file.architecture}."
     num_heads = file.integer(f"{prefix}attention.head_count")

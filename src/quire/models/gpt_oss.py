@@ -13,7 +13,7 @@ from quire.layers.experts import ExpertLinear
 from quire.models.builder import Builder
 from quire.models.decoder import MLP
 from quire.models.experts import Experts
-from quire.models.moe import MoELlama
+from quire.models.moe import ExpertNames, MoELlama, take_experts
 from quire.models.routers import make_router
 from quire.models.weights import WeightScope
 
@@ -27,13 +27,13 @@ class GptOss(MoELlama):
         config, block = build.config, build.scope("mlp")
         hidden, inner = config.hidden_size, config.expert_intermediate_size
         logits = block.weights.take_linear("router", (config.num_experts, hidden), bias=True)
-        # Rows of gate and up lie in turns.
-        order = torch.arange(2 * inner).view(-1, 2).t().flatten()
-        experts = build.pack_experts(
-            _take(block, "gate_up_proj", 2 * inner, hidden, order),
-            _take(block, "down_proj", hidden, inner),
-            "clamped_swiglu",
-        )
+        if block.weights.has("experts.0.gate_proj.weight"):
+            layers = take_experts(block, ExpertNames(), bias=True)  # of GGUF
+        else:
+            # Rows of gate and up lie in turns.
+            order = torch.arange(2 * inner).view(-1, 2).t().flatten()
+            layers = _take(block, "gate_up_proj", 2 * inner, hidden, order), _take(block, "down_proj", hidden, inner)
+        experts = build.pack_experts(*layers, "clamped_swiglu")
         if config.mxfp4_experts and index == 0 and not isinstance(experts.packed.gate_up, BlockWeight):
             logger.warning("these kernels do not multiply MXFP4: experts are unpacked and stored as %s", build.dtype)
         return Experts(block.pack(logits, quantizes=False), make_router(config, block.weights.scope("router")), experts)

@@ -9,4 +9,5 @@ class GraniteMoE(MoELlama):
     layouts = (
         ExpertNames("block_sparse_moe", "router.layer", fused=("input_linear.weight", "output_linear.weight")),
         ExpertNames("block_sparse_moe", "router", fused=FUSED),
+        ExpertNames("block_sparse_moe", "router.layer", one_by_one=("w1", "w3", "w2")),  # of GGUF
     )

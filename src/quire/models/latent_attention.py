@@ -154,8 +154,8 @@ def _head_layers(build: Builder, shape: LatentShape) -> tuple[list[Linear], list
     """For each head the layer from the unrotated part of a query to a latent, and the one from a latent to a value."""
     sizes = (shape.nope_dim, shape.value_dim)
     num_rows = build.config.num_heads * sum(sizes)
-    stored = build.weights.take_linear("kv_b_proj", (num_rows, shape.latent_dim), split="outputs")
-    keys, values = stored.floats().view(-1, sum(sizes), shape.latent_dim).split_with_sizes(sizes, dim=1)
+    stored = build.weights.take_matrix("kv_b_proj", (num_rows, shape.latent_dim), split="outputs")
+    keys, values = stored.view(-1, sum(sizes), shape.latent_dim).split_with_sizes(sizes, dim=1)
     return (
         [build.pack(LinearWeight(key.t())) for key in keys],
         [build.pack(LinearWeight(value)) for value in values],

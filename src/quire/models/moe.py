@@ -81,11 +81,15 @@ class MoELlama(Llama):
 
 
 def _experts(build: Builder, names: ExpertNames) -> ExpertMLPs:
+    return build.pack_experts(*take_experts(build, names, bias=build.config.mlp_bias))
+
+
+def take_experts(build: Builder, names: ExpertNames, *, bias: bool) -> tuple[ExpertLinear, ExpertLinear]:
+    """Gate above up, and down, of experts that are stored one by one."""
     config, (gate, up, down) = build.config, names.one_by_one
     hidden, inner = config.hidden_size, config.expert_intermediate_size
     scopes = [build.weights.scope(f"experts.{index}") for index in range(config.num_experts)]
-    bias = config.mlp_bias
-    return build.pack_experts(
+    return (
         ExpertLinear.of(
             [
                 [scope.take_linear(name, (inner, hidden), bias=bias, split="outputs") for name in (gate, up)]

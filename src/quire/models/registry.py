@@ -13,6 +13,7 @@ from quire.kernels.interface import Packing
 from quire.layers.adapters import ModelAdapters
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.packed_checkpoint import PackedCheckpoint
 from quire.models.pooler import Pooler, make_pooler
 from quire.models.shards import Shards
 from quire.models.stored_names import StoredNames
@@ -70,6 +71,8 @@ def load_model(
     else:
         module, name = row.model.split(":")
     family = getattr(import_module(module), name)
+    if isinstance(source, PackedCheckpoint):
+        packing = source.packing_for(dtype)
     weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters, shards=shards)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
     model.pooler = make_pooler(config, weights, model.logits)

@@ -41,6 +41,7 @@ _ITEM_BYTES = {
     "I64": 8,
 }
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 16
 RELEASED_BYTES = 8 << 20
 """Pages of a mapped file are given back to the system each time tensors of so many bytes have been taken from it, and a
 larger tensor is packed in pieces of so many bytes."""
@@ -92,9 +93,11 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def _entry(file: Path, begin: int, value: dict[str, Any]) -> Entry:
     """A tensor of a header; `begin` is the first byte after the header. Raises `TypeError` or `ValueError`."""
     (first, last), shape = value["data_offsets"], value["shape"]
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor has {len(shape)} dimensions; at most {_MAX_DIMENSIONS} are read")
     for number in (first, last, *shape):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{number!r} is not a size")
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            raise ValueError(f"{str(number)[:40]} is not a size")
     return Entry(file, str(value["dtype"]), tuple(shape), begin + first, begin + last)
 
 

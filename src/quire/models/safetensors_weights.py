@@ -32,8 +32,10 @@ class SafetensorsWeights:
 
     activation_dtype = torch.float32
 
-    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, folder: Path, entries: Mapping[str, Entry], *, keeps_pages: bool = False) -> None:
+        """`keeps_pages`: tensors are used where they are mapped; else layers pack them soon and read them no more."""
         self._folder = folder
+        self._released_bytes = None if keeps_pages else RELEASED_BYTES
         self._entries = entries
         self._taken: set[str] = set()
         self._files: dict[Path, MappedFile] = {}
@@ -86,7 +88,7 @@ class SafetensorsWeights:
             )
         self._taken.add(name)
         if entry.file not in self._files:
-            self._files[entry.file] = MappedFile(entry.file, released_bytes=RELEASED_BYTES)
+            self._files[entry.file] = MappedFile(entry.file, released_bytes=self._released_bytes)
         return self._files[entry.file].take(getattr(torch, DTYPES[entry.dtype]), entry.shape, entry.begin)
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
@@ -108,8 +110,9 @@ class SafetensorsWeights:
                 f"{self._folder}: {len(left)} tensors are not part of the model config.json describes: "
                 f"{name_some(sorted(left))}; expected only the {len(self._taken)} that were loaded"
             )
-        for file in self._files.values():
-            file.release()
+        if self._released_bytes is not None:
+            for file in self._files.values():
+                file.release()
 
     def _similar(self, name: str) -> str:
         """Tensors that the checkpoint has near a missing one."""

@@ -115,6 +115,12 @@ class WeightScope:
         stored = self.source.take_linear(self.prefix + name, shape, bias=bias, transposed=transposed)
         return stored if self.adapters is None else replace(stored, origin=LinearOrigin(self.prefix + name, shape[0]))
 
+    def take_matrix(self, name: str, shape: tuple[int, int], *, split: Division) -> Tensor:
+        """The numbers of the dense layer `name`, for a family that computes with them before a layer is packed."""
+        if self.shards is not None:
+            return self.take_linear(name, shape, split=split).floats()
+        return self.take(f"{name}.weight", shape)
+
     def take_experts(self, name: str, shape: tuple[int, int, int], split: Sequence[Part]) -> Tensor:
         """A tensor of all experts [experts, outputs, inputs]; `split` as in `take_linear`."""
         if self.shards is None:

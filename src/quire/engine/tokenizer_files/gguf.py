@@ -88,11 +88,7 @@ def _byte_pairs(file: GgufFile) -> Tokenizer:
         backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut.ignores_merges))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{file.path}: {_PREFIX}merges do not fit {_PREFIX}tokens: {error}") from error
-    if cut.composes:
-        backend.normalizer = normalizers.NFC()
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns]
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
+    set_cut(backend, cut)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(
         [
@@ -102,6 +98,15 @@ def _byte_pairs(file: GgufFile) -> Tokenizer:
         ]
     )
     return backend
+
+
+def set_cut(backend: Tokenizer, cut: Cut) -> None:
+    """Let a byte-level tokenizer cut texts so."""
+    backend.model.ignore_merges = cut.ignores_merges
+    backend.normalizer = normalizers.NFC() if cut.composes else None
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
 
 
 def _cut(file: GgufFile) -> Cut:

@@ -1,0 +1,190 @@
+"""write_packed: load a model once, quantised, and store what the kernels read, for `PackedCheckpoint`."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.kernels import cpu, kernels_for
+from quire.kernels.allocation import zeros
+from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.coded import CodedMatrix, CodedWeight
+from quire.kernels.interface import Allocate, ExpertMatrices, ExpertWeight, LowBitWeight, QuantizedWeight
+from quire.layers.linear import LinearWeight
+from quire.model_config import ModelConfig
+from quire.model_config.packed_folder import PackedFolder
+from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.packed_checkpoint import form_name, part_name
+from quire.models.packed_weights import tensors_of
+from quire.models.registry import load_model
+from quire.models.row_marks import Origin, RowMarks, is_stand_in, key_of
+from quire.models.safetensors_file import DTYPES
+from quire.models.safetensors_writer import SafetensorsWriter
+from quire.models.weights import TensorSource
+from quire.quantization import WeightFormat
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+_NAMES = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
+
+
+def write_packed(
+    config: ModelConfig, source: Path, folder: Path, quantization: str, on_bytes: Callable[[int], None]
+) -> dict[str, str | list[str] | int]:
+    """Write the weights of `source` into `folder`; returns the content of PACKED_FILE. `on_bytes` hears how many bytes
+    of tensors are made so far. Raises `CheckpointError` for a checkpoint that cannot be loaded or quantised."""
+    if config.stored is not None:
+        raise CheckpointError(
+            f"{source}: its layers are already stored in few bits ({config.stored.describe()}); Quire keeps them as "
+            "they are, so there is nothing to gain"
+        )
+    if config.computed_by or config.packed_as is not None:
+        kind = "is computed by transformers" if config.computed_by else f"is already packed as {config.packed_as}"
+        raise CheckpointError(
+            f"{source} {kind}; {quantization} weights are made of checkpoints that Quire computes itself"
+        )
+    writer = SafetensorsWriter(folder, "packed")
+    recorder = PackingRecorder(config, open_checkpoint(source), writer, on_bytes)
+    load_model(config, recorder, kernels_for("cpu"), quantization, packing=recorder)
+    recorder.write_floats()
+    files = sorted(set(writer.finish().values()))
+    listed = PackedFolder(quantization, cpu.PACKING, tuple(files), frozenset(recorder.packed_layers))
+    return listed.to_dict()
+
+
+class PackingRecorder:
+    """A `TensorSource` over another that hands out stand-ins of matrices, and the `Packing` that gets them back: it
+    packs the matrices that they stand for, and writes the result."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: TensorSource,
+        writer: SafetensorsWriter,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        self._config = config
+        self._source, self._writer, self._on_bytes = source, writer, on_bytes
+        self._marks = RowMarks()
+        self._matrices: dict[str, LinearWeight] = {}
+        self._written: set[str] = set()
+        self.packed_layers: set[str] = set()
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        return self._source.activation_dtype
+
+    def has(self, name: str) -> bool:
+        return self._source.has(name)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._source.shape_of(name)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._source.take(name, shape)
+        if not self._is_tied_head(name, shape):
+            self._write(name, tensor)
+            return tensor
+        # A tied model compares its head with its embedding, which is the matrix of this shape that it took first.
+        layer = name.removesuffix(".weight")
+        table = next((each for each, stored in self._matrices.items() if tuple(stored.weight.shape) == shape), layer)
+        if table != layer and torch.equal(tensor.float(), self._matrices[table].floats().float()):
+            layer = table
+        return self._marks.of(layer, (shape[0], shape[1]))
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._source.take_bytes(name, shape)
+        self._write(name, tensor)
+        return tensor
+
+    def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
+        stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)
+        self._matrices[name] = stored
+        if stored.bias is not None:
+            self._write(f"{name}.bias", stored.bias)
+        return replace(stored, weight=self._marks.of(name, shape))
+
+    def release(self, tensor: Tensor) -> None:
+        """Pages go back when the system needs them."""
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        self._source.finish(ignored)
+
+    def write_floats(self) -> None:
+        """Write the matrices that were taken and never packed, as tables of embeddings are."""
+        for name, stored in self._matrices.items():
+            if name not in self.packed_layers:
+                self._write(f"{name}.weight", stored.floats())
+
+    # -- the packing ---------------------------------------------------------------------------------------------------
+
+    def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+        if not is_stand_in(weights[0]):
+            return cpu.pack_linear(weights, dtype, allocate)
+        origins = self._origins([weights])
+        packed = cpu.pack_linear([self._matrix(origin) for origin in origins], dtype)
+        return self._keep(form_name(dtype), origins, packed)[0]
+
+    def quantize_linear(
+        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros
+    ) -> QuantizedWeight:
+        if not is_stand_in(weights[0]):
+            return cpu.quantize_linear(weights, stored, allocate)
+        origins = self._origins([weights])
+        packed = cpu.quantize_linear([self._matrix(origin) for origin in origins], stored)
+        values, scales = self._keep(form_name(stored), origins, packed)
+        return QuantizedWeight(values, scales, stored)
+
+    def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
+        return cpu.pack_coded(matrices, allocate)
+
+    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
+        return cpu.pack_blocks(matrices)
+
+    def pack_experts(
+        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
+    ) -> ExpertWeight:
+        if not is_stand_in(matrices[0][0]):
+            return cpu.pack_experts(matrices, stored, allocate)
+        experts = [[part for part in expert if isinstance(part, Tensor)] for expert in matrices]
+        origins = self._origins(experts)
+        found = iter(origins)
+        packed = cpu.pack_experts([[self._matrix(next(found)) for _ in expert] for expert in experts], stored)
+        parts = self._keep(form_name(stored, len(experts)), origins, packed)
+        return parts[0] if isinstance(stored, str) else QuantizedWeight(parts[0], parts[1], stored)
+
+    def _origins(self, experts: Sequence[Sequence[Tensor]]) -> list[list[Origin]]:
+        return [self._marks.origins_of(part) for expert in experts for part in expert]
+
+    def _matrix(self, origins: Sequence[Origin]) -> Tensor:
+        """The rows that a stand-in stands for."""
+        parts = []
+        for origin in origins:
+            floats = self._matrices[origin.layer].floats()
+            parts.append(floats if origin.rows is None else floats[origin.rows])
+            self.packed_layers.add(origin.layer)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _keep(self, form: str, origins: list[list[Origin]], packed: ExpertWeight) -> list[Tensor]:
+        """Write a packed weight; returns tensors of the same shapes without memory."""
+        key, layer = key_of(form, origins), origins[0][0].layer
+        tensors = tensors_of(packed)
+        for index, tensor in enumerate(tensors):
+            self._write(part_name(layer, key, index), tensor)
+        return [torch.empty_like(tensor, device="meta") for tensor in tensors]
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        if name in self._written:
+            return
+        self._written.add(name)
+        tensor = tensor.contiguous()
+        content = tensor.view(-1).view(torch.uint8).numpy().data
+        self._writer.add(name, _NAMES[tensor.dtype], tuple(tensor.shape), content)
+        self._on_bytes(self._writer.num_bytes)
+
+    def _is_tied_head(self, name: str, shape: tuple[int, ...]) -> bool:
+        is_head = _HEAD.search(name) is not None and len(shape) == 2 and shape[0] == self._config.vocab_size
+        return is_head and self._config.tie_word_embeddings

@@ -1,0 +1,181 @@
+"""PackedCheckpoint: a folder of packed weights, as `quire convert` writes it, opened by mapping its files.
+
+PACKED_FILE lists the layers whose matrices are packed. A family takes stand-ins of them (`row_marks`), and the packed
+weight that it then asks for is found by what it is made of: a view of the mapped file. So the order in which a family
+asks, and which layers it joins, need not be written down; a family that came to join others finds nothing and says so.
+All other tensors are stored as floats under their own names.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.kernels import _cpu, cpu
+from quire.kernels.allocation import zeros
+from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.coded import CodedMatrix, CodedWeight
+from quire.kernels.interface import Allocate, ExpertMatrices, ExpertWeight, LowBitWeight, Packing, QuantizedWeight
+from quire.layers.linear import LinearWeight
+from quire.model_config.packed_folder import PACKED_FILE, PackedFolder
+from quire.models.row_marks import RowMarks, is_stand_in, key_of
+from quire.models.safetensors_file import DTYPES, Entry, read_header
+from quire.models.safetensors_weights import SafetensorsWeights
+from quire.models.weights import take_float_linear
+from quire.quantization import WeightFormat
+
+_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
+
+
+class PackedCheckpoint:
+    """A `TensorSource` and the `Packing` that belongs to it."""
+
+    activation_dtype = torch.float32
+
+    def __init__(self, folder: Path, listed: PackedFolder, files: SafetensorsWeights) -> None:
+        self._folder = folder
+        self._layers = listed.layers
+        self._files = files
+        self._marks = RowMarks()
+        self._quantization = listed.quantization
+
+    @classmethod
+    def open(cls, folder: Path) -> "PackedCheckpoint":
+        """Raises `CheckpointError` for files that are missing, damaged or of another version."""
+        listed = PackedFolder.read(folder / PACKED_FILE)
+        if listed.packing != cpu.PACKING:
+            raise CheckpointError(
+                f"{folder / PACKED_FILE}: packing is {listed.packing}, and this version of Quire reads {cpu.PACKING}; "
+                "run quire convert again on the original"
+            )
+        entries: dict[str, Entry] = {}
+        for name in listed.files:
+            file = folder / name
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing; {PACKED_FILE} says that it holds tensors of this model")
+            found = read_header(file)[0]
+            if twice := sorted(entries.keys() & found.keys()):
+                raise CheckpointError(f"{file}: tensor {twice[0]} is also in another file")
+            entries |= found
+        return cls(folder, listed, SafetensorsWeights(folder, entries, keeps_pages=True))
+
+    # -- the source ----------------------------------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        layer, _, end = name.rpartition(".")
+        return self._files.has(name) or (end == "weight" and layer in self._layers)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._files.shape_of(name)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        layer, _, end = name.rpartition(".")
+        if end == "weight" and layer in self._layers and len(shape) == 2:
+            return self._marks.of(layer, (shape[0], shape[1]))
+        return self._files.take(name, shape)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._files.take_bytes(name, shape)
+
+    def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
+        """Matrices lie as [outputs, inputs] also where a family's checkpoints have them transposed."""
+        if name not in self._layers:
+            return take_float_linear(self._files, name, shape, bias=bias, transposed=False)
+        stored_bias = self._files.take(f"{name}.bias", shape[:1]) if bias else None
+        return LinearWeight(self._marks.of(name, shape), stored_bias)
+
+    def release(self, tensor: Tensor) -> None:
+        """Packed weights are read where they lie, so their pages stay."""
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        self._files.finish(ignored)
+
+    def packing_for(self, stored: str) -> Packing:
+        """What finds the packed weights of a model that is to be stored so. Raises `CheckpointError` for another
+        form."""
+        if stored != self._quantization:
+            raise CheckpointError(
+                f"{self._folder} holds weights packed as {self._quantization}, and {stored} is asked for; leave "
+                "quantization out, or serve the original"
+            )
+        return self
+
+    # -- the packing ---------------------------------------------------------------------------------------------------
+
+    def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+        if not is_stand_in(weights[0]):
+            return cpu.pack_linear(weights, dtype, allocate)
+        return self._find([weights], dtype)[0]
+
+    def quantize_linear(
+        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros
+    ) -> QuantizedWeight:
+        if not is_stand_in(weights[0]):
+            return cpu.quantize_linear(weights, stored, allocate)
+        values, scales = self._find([weights], stored)
+        return QuantizedWeight(values, scales, stored)
+
+    def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
+        return cpu.pack_coded(matrices, allocate)
+
+    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
+        return cpu.pack_blocks(matrices)
+
+    def pack_experts(
+        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
+    ) -> ExpertWeight:
+        if not is_stand_in(matrices[0][0]):
+            return cpu.pack_experts(matrices, stored, allocate)
+        experts = [[part for part in expert if isinstance(part, Tensor)] for expert in matrices]
+        found = self._find(experts, stored, len(experts))
+        return found[0] if isinstance(stored, str) else QuantizedWeight(found[0], found[1], stored)
+
+    def _find(
+        self, matrices: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int = 0
+    ) -> list[Tensor]:
+        """The tensors of the weight that is made of these stand-ins."""
+        origins = [self._marks.origins_of(part) for expert in matrices for part in expert]
+        key = key_of(form_name(stored, num_experts), origins)
+        num_outputs, num_inputs = sum(len(part) for part in matrices[0]), matrices[0][0].shape[1]
+        shapes = packed_shapes(stored, num_outputs, num_inputs)
+        layer = origins[0][0].layer
+        if not self._files.has(part_name(layer, key, 0)):
+            raise CheckpointError(
+                f"{self._folder}: there is no packed weight of {layer} and what is now packed with it; the folder "
+                f"fits another version of Quire or another config.json: run quire convert again on the original"
+            )
+        experts = (num_experts,) if num_experts else ()
+        return [
+            self._files.take_as(part_name(layer, key, index), (*experts, *shape), (_NAMES[dtype],))
+            for index, (dtype, shape) in enumerate(shapes)
+        ]
+
+
+def form_name(stored: str | WeightFormat, num_experts: int = 0) -> str:
+    """How a weight is packed, as a part of its key."""
+    if isinstance(stored, str):
+        name = stored
+    else:
+        name = f"{stored.bits} bits in {'rotated ' if stored.rotates else ''}groups of {stored.group_size}"
+    return f"{num_experts} experts, {name}" if num_experts else name
+
+
+def part_name(layer: str, key: str, index: int) -> str:
+    """The name of a tensor of the packed weight `key`, whose first outputs are those of `layer`."""
+    return f"{layer}.packed.{key}.{index}"
+
+
+def packed_shapes(stored: str | WeightFormat, num_outputs: int, num_inputs: int) -> list[tuple[str, tuple[int, ...]]]:
+    """The types and shapes of the tensors that the CPU's kernels pack a weight into."""
+    panel = _cpu.panel
+    num_panels = -(-num_outputs // panel)
+    if isinstance(stored, str):
+        depth = num_inputs + num_inputs % 2 if stored == "bfloat16" else num_inputs
+        return [(stored, (num_panels, depth, panel))]
+    num_pairs, num_groups = -(-num_inputs // _cpu.pair_of_steps), -(-num_inputs // stored.group_size)
+    values = ("uint8", (num_panels, num_pairs, stored.bits // 4, panel, 4))
+    if stored.bits == 8:
+        return [values, ("bfloat16", (num_panels, num_groups, panel))]
+    return [values, ("uint8", (num_panels, num_groups + 2, panel, 2))]
