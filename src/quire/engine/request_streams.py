@@ -33,8 +33,8 @@ QUARANTINE_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """Takes tokens in the pass that delivers them, and spares a switch of tasks for each. It gets the tokens of which
-    nothing but a text comes, while the consumer waits and holds no output, so that their order stays."""
+    """Takes tokens in the pass that delivers them, and spares a switch of tasks for each. It gets tokens that add
+    nothing but text, while the consumer waits and holds no output, so that their order stays."""
 
     ready: Callable[[], bool]
     """Whether it can take a token now."""

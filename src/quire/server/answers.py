@@ -233,7 +233,7 @@ class Answer:
     def _write_token(
         self, write: Callable[[bytes], None], marked: bool, index: int, text: str, token_id: int, now: float
     ) -> None:
-        """Write the events of a token of which nothing but a text comes."""
+        """Write the events of a token that adds nothing but text."""
         self.usage.add_token()
         if (write_text := self._text_events.get(index)) is not None:
             if text:

@@ -1,11 +1,11 @@
 """Engine: the interface the server needs. `AsyncLLM` implements it, and so does the scripted engine of the tests."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.image_prompt import ImageSupport
-from quire.engine.input_processor import Prompt
+from quire.engine.input_processor import Prompt, RequestOptions
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
@@ -88,13 +88,9 @@ class Engine(Protocol):
         params: SamplingParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "",
-        workload: str = "",
-        adapter: Adapter | None = None,
         timeout: float | None = None,
         tap: Tap | None = None,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(
