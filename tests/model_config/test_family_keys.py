@@ -41,8 +41,8 @@ EXTRA = {
     "norm_topk_prob": {"Qwen3_5Moe"},
 }
 """Keys that rows read although the config class does not declare them."""
-UNUSED = {("MixtralForCausalLM", "router_jitter_noise")}
-"""Declared, and read in training alone."""
+UNUSED = {("MixtralForCausalLM", "router_jitter_noise"), ("BambaForCausalLM", "layer_types")}
+"""Declared, and read in training alone, or computed from another key."""
 
 
 def declared(config_class: type[Any]) -> set[str]:
