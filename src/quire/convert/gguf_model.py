@@ -78,10 +78,10 @@ def _plan(
     for name, shape in shapes.items():
         to = names.places[name]
         shape = _as_stored(shape)
-        if to.index is None:
+        if to.slot is None:
             planned[to.name] = PlannedTensor(_block_of(to.part, shape, block), shape)
         else:
-            stacks[to.name] = max(stacks.get(to.name, 0), to.index + 1)
+            stacks[to.name] = max(stacks.get(to.name, 0), to.slot + 1)
             planned[to.name] = PlannedTensor(_block_of(to.part, shape, block), (stacks[to.name], *shape))
     return planned
 
@@ -128,8 +128,8 @@ class _Writer:
             tensor = tensor.float() + 1
         planned = self._tensors[to.name]
         rows = tensor.reshape(-1, tensor.shape[-1])
-        part_bytes = planned.num_bytes if to.index is None else planned.num_bytes // planned.shape[0]
-        self.write(to.name, part_bytes * (to.index or 0), rows)
+        part_bytes = planned.num_bytes if to.slot is None else planned.num_bytes // planned.shape[0]
+        self.write(to.name, part_bytes * (to.slot or 0), rows)
 
     def write(self, name: str, offset: int, rows: Tensor) -> None:
         planned = self._tensors[name]

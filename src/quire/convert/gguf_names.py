@@ -21,7 +21,7 @@ class Place(NamedTuple):
 
     name: str
     part: str
-    index: int | None = None
+    slot: int | None = None
     """Which matrix of a stack it becomes."""
 
 

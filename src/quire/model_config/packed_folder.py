@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from quire.errors import CheckpointError
 from quire.model_config.config_json import read_json
@@ -64,5 +64,5 @@ def packed_as(folder: Path) -> str | None:
     return PackedFolder.read(path).quantization if path.is_file() else None
 
 
-def _are_names(value: Any) -> bool:
+def _are_names(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
