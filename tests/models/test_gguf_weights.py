@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2moe", {"mlp_only_layers": []}),
     "phi3": ("phi3", {}),
     "granite-moe": ("granitemoe", {}),
+    "phimoe": ("phimoe", {"router_jitter_noise": 0.01}),  # the published models'; the file does not say
     "gpt-oss": ("gpt-oss", {}),
     "deepseek-v2": (
         "deepseek2",
