@@ -160,7 +160,7 @@ def test_what_a_notebook_shows(llm: LLM) -> None:
         ({"kv_cache_memory": "lots"}, "kv_cache_memory is 'lots'; give a positive number of bytes"),
         ({"speculative_config": "ngram"}, "speculative_config is 'ngram', which is not JSON"),
         ({"speculative_config": [1]}, "speculative_config is [1]; it must be an object"),
-        ({"speculative_config": {"method": "eagle"}}, "method is 'eagle'; it must be ngram"),
+        ({"speculative_config": {"method": "eagle"}}, "asks for 'eagle'; Quire drafts without a second model"),
         ({"speculative_config": {"tokens": 5}}, "unknown ['tokens']; it may have method, num_speculative_tokens"),
         ({"speculative_config": {"num_speculative_tokens": 0}}, "is 0; it must be an integer from 1 to 64"),
         ({"speculative_config": {"prompt_lookup_min": 9}}, "prompt_lookup_min is 9, more than prompt_lookup_max 8"),

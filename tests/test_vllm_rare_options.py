@@ -106,7 +106,6 @@ def test_values_that_are_translated(given: dict[str, Any], stored: dict[str, Any
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"swap_space": 4}, "swap_space is 4 bytes, less than a block; give it with its unit, e.g. 4GiB"),
         ({"enable_lora": "yes"}, "enable_lora is 'yes'; it must be True or False"),
         ({"enable_prefix_caching": 0}, "enable_prefix_caching is 0; it must be True or False"),
         ({"seed": "x"}, "seed is 'x'; it must be an integer"),

@@ -248,10 +248,6 @@ class EngineConfig:
             value = getattr(self, option.name)
             if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise ConfigError(f"{option.name} is {value!r}; it must be True or False")
-        if self.swap_space is not None and self.swap_space < 2**20:
-            raise ConfigError(
-                f"swap_space is {self.swap_space} bytes, less than a block; give it with its unit, e.g. 4GiB"
-            )
         self._check_conflicts()
 
     def _convert(self) -> None:

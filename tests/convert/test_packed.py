@@ -50,7 +50,9 @@ def test_weights_are_those_of_a_fresh_quantisation(
     expected = PagedModel(folder, to).step({0: prompt(30)})[0]
     made = convert(folder, to)
     packed: list[object] = []
-    monkeypatch.setattr(cpu, "quantize_linear", lambda *given: packed.append(given) or QUANTIZE(*given))
+    monkeypatch.setattr(
+        cpu, "quantize_linear", lambda *given, **named: packed.append(given) or QUANTIZE(*given, **named)
+    )
     assert torch.equal(PagedModel(made, to).step({0: prompt(30)})[0], expected)
     # A transposed half of kv_b_proj and experts in one tensor are the only weights that are quantised anew.
     assert bool(packed) == (family in ("deepseek-v2", "gpt-oss"))

@@ -160,7 +160,7 @@ def test_missing_file_names_the_way_out(tmp_path: Path) -> None:
 )
 def test_corrupt_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is (not a tokenizer|empty)"):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -53,7 +53,7 @@ def test_what_comes_before_a_layer(dtype: str, activation: str) -> None:
         torch.testing.assert_close(stream, residual + update)
         torch.testing.assert_close(first, layer(norm(residual)), rtol=1e-5, atol=1e-4)
     expected, found = results
-    assert (found - expected).norm() < (1e-5 if dtype == "float32" else 5e-3) * expected.norm()
+    assert (found - expected).norm() < {"float32": 1e-5, "int8": 5e-3, "int4": 2e-2}[dtype] * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer", "layer without bias"])

@@ -120,7 +120,7 @@ def test_every_rank_gets_every_plan_in_order_without_texts(start: Start, tmp_pat
     assert own.plans == PLANS
     for rank in (1, 2):
         path = tmp_path / f"rank{rank}"
-        wait_for(lambda path=path: path.read_bytes().count(b"\n") == len(PLANS))  # type: ignore[misc]
+        wait_for(lambda path=path: path.exists() and path.read_bytes().count(b"\n") == len(PLANS))  # type: ignore[misc]
         seen = [msgspec.json.decode(line, type=StepPlan) for line in path.read_bytes().splitlines()]
         assert seen[1:] == PLANS[1:]
         (row,) = seen[0].new_rows

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A reader that closes the pipe early, such as head, has read enough: that is no error.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
     if given == ["--version"]:
         from quire import __version__
 

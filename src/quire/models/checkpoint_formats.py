@@ -71,16 +71,17 @@ def open_checkpoint(folder: str | Path, stored: StoredWeights | None = None) -> 
 
 
 def _nothing_to_load(folder: Path) -> str:
+    published = {name: row for name, row in CHECKPOINT_FORMATS.items() if PACKED_FILE not in row.files}
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled and (folder / "config.json").is_file():
         return (
             f"{folder} holds its weights in {name_some(pickled)}; loading pickled files can run code, so only "
-            f"{', '.join(CHECKPOINT_FORMATS)} are supported. Convert them once, with transformers installed: "
+            f"{', '.join(published)} are supported. Convert them once, with transformers installed: "
             'python -c "from transformers import AutoModelForCausalLM; '
             f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"'
         )
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    expected = " nor ".join(name for row in CHECKPOINT_FORMATS.values() for name in reversed(row.files))
+    expected = " nor ".join(name for row in published.values() for name in reversed(row.files))
     shown = f"{folder} has neither {expected}; found {name_some(found) if found else 'nothing'}"
     kind = describe_kind(folder)
     if kind is not None:

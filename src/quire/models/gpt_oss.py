@@ -27,12 +27,12 @@ class GptOss(MoELlama):
         config, block = build.config, build.scope("mlp")
         hidden, inner = config.hidden_size, config.expert_intermediate_size
         logits = block.weights.take_linear("router", (config.num_experts, hidden), bias=True)
-        if block.weights.has("experts.0.gate_proj.weight"):
-            layers = take_experts(block, ExpertNames(), bias=True)  # of GGUF
-        else:
+        if config.mxfp4_experts or block.weights.has("experts.gate_up_proj"):
             # Rows of gate and up lie in turns.
             order = torch.arange(2 * inner).view(-1, 2).t().flatten()
             layers = _take(block, "gate_up_proj", 2 * inner, hidden, order), _take(block, "down_proj", hidden, inner)
+        else:
+            layers = take_experts(block, ExpertNames(), bias=True)  # of GGUF
         experts = build.pack_experts(*layers, "clamped_swiglu")
         if config.mxfp4_experts and index == 0 and not isinstance(experts.packed.gate_up, BlockWeight):
             logger.warning("these kernels do not multiply MXFP4: experts are unpacked and stored as %s", build.dtype)

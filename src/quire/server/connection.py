@@ -155,6 +155,8 @@ class CycleWriter:
         return bool(begun) and not (self._flow.write_paused or cycle.disconnected or cycle.response_complete)
 
     def write(self, data: bytes) -> None:
+        if not data:  # an empty chunk would end the body
+            return
         self.num_writes += 1
         self._write(b"%x\r\n%b\r\n" % (len(data), data))
 

@@ -122,7 +122,7 @@ class TestUnusableFiles:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", "holds no tokens"),
+            (b"", "is empty; download the file again"),
             (b"hello there", "neither a SentencePiece model nor a tiktoken file"),
             (b"\x0a\xff\xff\xff\xff\x7f", "neither a SentencePiece model nor a tiktoken file"),
             (b"\xff" * 20, "neither a SentencePiece model nor a tiktoken file"),
