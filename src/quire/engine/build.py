@@ -8,8 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig
 from quire.engine.adapters import WaitingForAdapter
@@ -30,7 +29,6 @@ from quire.engine.core import EngineCore
 from quire.engine.executor import Executor
 from quire.engine.grammars import load_compiler
 from quire.engine.memory_plan import MemoryPlan
-from quire.engine.messages import RankLoad
 from quire.engine.preloader import Preloader, preload
 from quire.grammar.cache import GrammarCache
 from quire.kv_cache.block_pool import BlockPool
@@ -38,7 +36,6 @@ from quire.kv_cache.states import StatePool
 from quire.kv_cache.tiers import TierIndex
 from quire.kv_groups import window_alignment
 from quire.model_config import ModelConfig
-from quire.parallel.rank_group import RankedExecutor, RankGroup
 from quire.runner.cuda_graphs import CudaCapture
 from quire.runner.model_runner import ModelRunner
 from quire.sampling.logits_processors import load_processors
@@ -46,6 +43,9 @@ from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:  # ranks need msgspec, one process does not
+    from quire.parallel.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _build_core(
     preloader: Preloader | None,
     logits_processors: Sequence[object] | None,
     warm_grammars: bool,
-    group: RankGroup | None,
+    group: "RankGroup | None",
 ) -> EngineCore:
     processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
     grammars = GrammarCache(
@@ -143,6 +143,8 @@ def _build_core(
         started = time.perf_counter()
         group.wait_loaded()
         target.shards.ranks.connect(group.meeting_file, target.device)
+        from quire.parallel.rank_group import RankedExecutor
+
         executor = RankedExecutor(runner, group)
         on_phase(f"{config.tensor_parallel_size} ranks", time.perf_counter() - started)
     scheduler, events = _make_scheduler(target, tiers)
@@ -165,8 +167,12 @@ def _build_core(
 
 def _start_ranks(
     config: EngineConfig, plan: MemoryPlan, folder: Path, on_death: Callable[[str], None] | None
-) -> RankGroup:
+) -> "RankGroup":
     """Start the processes of the other ranks; they load their parts while this one does."""
+    import msgspec
+
+    from quire.engine.messages import RankLoad
+    from quire.parallel.rank_group import RankGroup
 
     def orders(rank: int, meeting_file: Path) -> bytes:
         return msgspec.msgpack.encode(RankLoad(config, plan, str(folder), rank, str(meeting_file)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire.kernels import _cpu, cpu
+from quire.kernels import cpu
 from quire.kernels.allocation import zeros
 from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.coded import CodedMatrix, CodedWeight
@@ -169,6 +169,8 @@ def part_name(layer: str, key: str, index: int) -> str:
 
 def packed_shapes(stored: str | WeightFormat, num_outputs: int, num_inputs: int) -> list[tuple[str, tuple[int, ...]]]:
     """The types and shapes of the tensors that the CPU's kernels pack a weight into."""
+    from quire.kernels import _cpu  # not built everywhere
+
     panel = _cpu.panel
     num_panels = -(-num_outputs // panel)
     if isinstance(stored, str):
