@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from quire.config import EngineConfig
 from quire.engine.adapters import WaitingForAdapter
@@ -43,9 +43,6 @@ from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
-
-if TYPE_CHECKING:  # ranks need msgspec, one process does not
-    from quire.parallel.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +103,7 @@ def _build_core(
     preloader: Preloader | None,
     logits_processors: Sequence[object] | None,
     warm_grammars: bool,
-    group: "RankGroup | None",
+    group: Any,
 ) -> EngineCore:
     processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
     grammars = GrammarCache(
@@ -165,10 +162,11 @@ def _build_core(
     return core
 
 
-def _start_ranks(
-    config: EngineConfig, plan: MemoryPlan, folder: Path, on_death: Callable[[str], None] | None
-) -> "RankGroup":
-    """Start the processes of the other ranks; they load their parts while this one does."""
+def _start_ranks(config: EngineConfig, plan: MemoryPlan, folder: Path, on_death: Callable[[str], None] | None) -> Any:
+    """Start the processes of the other ranks, a `RankGroup`; they load their parts while this one does.
+
+    Only ranks need msgspec: one process also runs on machines without it.
+    """
     import msgspec
 
     from quire.engine.messages import RankLoad
