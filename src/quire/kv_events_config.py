@@ -1,11 +1,11 @@
 """KVEventsConfig: where and how the engine publishes what its KV cache holds. Names and meanings are vLLM's."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.option_values import check_keys, read_object
 
 FORMATS = ("map", "array")
 HASHES = ("quire", "sha256_cbor")
@@ -67,18 +67,8 @@ class KVEventsConfig:
     @classmethod
     def read(cls, value: "KVEventsConfig | Mapping[str, Any] | str") -> "KVEventsConfig":
         """From a mapping, or from JSON. Raises `ConfigError`."""
-        if isinstance(value, cls):
+        if isinstance(value, KVEventsConfig):
             return value
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise ConfigError(f"kv_events_config is {value!r}, which is not JSON: {error}") from error
-        if not isinstance(value, Mapping):
-            raise ConfigError(
-                f"kv_events_config is {value!r}; it must be an object such as {{'endpoint': 'tcp://*:5557'}}"
-            )
-        known = [f.name for f in fields(cls)]
-        if unknown := value.keys() - known:
-            raise ConfigError(f"kv_events_config has unknown {sorted(unknown)}; it may have {', '.join(known)}")
+        value = read_object("kv_events_config", value, {"endpoint": "tcp://*:5557"})
+        check_keys("kv_events_config", value, [field.name for field in fields(cls)])
         return cls(**value)

@@ -1,4 +1,8 @@
-"""Values of options as text: sizes in bytes, and numbers of tokens."""
+"""Values of options as text: sizes in bytes, numbers of tokens, and objects in JSON."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from quire.errors import ConfigError
 
@@ -35,3 +39,21 @@ def parse_tokens(name: str, value: int | str | None) -> int | None:
         return int(float(text[:-1]) * factor) if factor > 1 else int(text)
     except (ValueError, OverflowError):
         raise ConfigError(f"{name} is {value!r}; give a number of tokens, e.g. 32768, 32k or 32K") from None
+
+
+def read_object(name: str, value: Mapping[str, Any] | str, example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An object that is given as itself or as JSON. Raises `ConfigError` for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(f"{name} is {value!r}, which is not JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is {value!r}; it must be an object such as {dict(example)}")
+    return value
+
+
+def check_keys(name: str, value: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise `ConfigError` for keys that an object may not have."""
+    if unknown := value.keys() - known:
+        raise ConfigError(f"{name} has unknown {sorted(unknown)}; it may have {', '.join(known)}")

@@ -1,11 +1,11 @@
 """SpeculativeConfig: how tokens are drafted. One option of the engine, with fields of its own."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.option_values import check_keys, read_object
 
 SPECULATIVE_METHODS = ("ngram",)
 
@@ -41,22 +41,14 @@ class SpeculativeConfig:
     @classmethod
     def read(cls, value: "SpeculativeConfig | Mapping[str, Any] | str") -> "SpeculativeConfig":
         """From a mapping, or from JSON. Raises `ConfigError`."""
-        if isinstance(value, cls):
+        if isinstance(value, SpeculativeConfig):
             return value
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise ConfigError(f"speculative_config is {value!r}, which is not JSON: {error}") from error
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"speculative_config is {value!r}; it must be an object such as {{'method': 'ngram'}}")
-        known = [f.name for f in fields(cls)]
+        value = read_object("speculative_config", value, {"method": SPECULATIVE_METHODS[0]})
         if value.get("method", "ngram") not in SPECULATIVE_METHODS or "model" in value:
             asked = value.get("method") or value["model"]
             raise ConfigError(
                 f"speculative_config asks for {asked!r}; Quire drafts without a second model: give "
                 f"{{'method': '{SPECULATIVE_METHODS[0]}'}}, or leave it out"
             )
-        if unknown := value.keys() - known:
-            raise ConfigError(f"speculative_config has unknown {sorted(unknown)}; it may have {', '.join(known)}")
+        check_keys("speculative_config", value, [field.name for field in fields(cls)])
         return cls(**value)

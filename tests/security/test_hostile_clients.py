@@ -296,6 +296,14 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
+def wait_until_idle(engine: Any) -> None:
+    """Wait until no request runs: those of clients that left are aborted."""
+    deadline = time.monotonic() + 20
+    while engine.num_running:
+        assert time.monotonic() < deadline, f"{engine.num_running} requests run on without a client"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("end", [socket.socket.close, reset, lambda it: it.shutdown(socket.SHUT_WR)])
 def test_a_client_that_leaves_at_any_moment(server: RunningServer, end: Callable[[socket.socket], None]) -> None:
     engine: Any = server.engine
@@ -311,9 +319,7 @@ def test_a_client_that_leaves_at_any_moment(server: RunningServer, end: Callable
                 end(connection)
     finally:
         engine.endless, engine.delay = False, 0.0
-    deadline = time.monotonic() + 20
-    while engine.num_running and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_idle(engine)
 
 
 def test_an_abort_within_pipelined_requests(server: RunningServer) -> None:
@@ -328,6 +334,4 @@ def test_an_abort_within_pipelined_requests(server: RunningServer) -> None:
             reset(connection)
     finally:
         engine.delay = 0.0
-    deadline = time.monotonic() + 20
-    while engine.num_running and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_idle(engine)

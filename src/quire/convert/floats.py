@@ -1,6 +1,6 @@
 """write_floats: a checkpoint's weights as floats of one type, in safetensors under the names of Hugging Face's hub."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from quire.layers.linear import LinearWeight
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
+from quire.models.source_around import SourceAround
 from quire.models.weights import TensorSource
 from quire.quantization import WeightFormat
 
@@ -45,30 +46,18 @@ def each_tensor(config: ModelConfig, source: Path, on_tensor: OnTensor, *, trans
     load_model(config, visitor, kernels_for("cpu"), "float32", packing=_NoPacking())
 
 
-class _Visitor:
-    """A `TensorSource` over another that hands over everything that is taken."""
+class _Visitor(SourceAround):
+    """Hands over everything that is taken."""
 
     def __init__(self, source: TensorSource, on_tensor: OnTensor, transposes: bool) -> None:
-        self._source, self._on_tensor, self._transposes = source, on_tensor, transposes
+        super().__init__(source)
+        self._on_tensor, self._transposes = on_tensor, transposes
         self._seen: set[str] = set()
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        return self._source.activation_dtype
-
-    def has(self, name: str) -> bool:
-        return self._source.has(name)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self._source.shape_of(name)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._source.take(name, shape)
         self._visit(name, tensor)
         return tensor
-
-    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._source.take_bytes(name, shape)
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed).in_floats()
@@ -77,12 +66,6 @@ class _Visitor:
         if stored.bias is not None:
             self._visit(f"{name}.bias", stored.bias)
         return stored
-
-    def release(self, tensor: Tensor) -> None:
-        self._source.release(tensor)
-
-    def finish(self, ignored: Iterable[str] = ()) -> None:
-        self._source.finish(ignored)
 
     def _visit(self, name: str, tensor: Tensor) -> None:
         if name not in self._seen:

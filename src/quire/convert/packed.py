@@ -1,7 +1,7 @@
 """write_packed: load a model once, quantised, and store what the kernels read, for `PackedCheckpoint`."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +10,7 @@ from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.kernels import cpu, kernels_for
-from quire.kernels.allocation import zeros
-from quire.kernels.block_matrix import BlockMatrix
-from quire.kernels.coded import CodedMatrix, CodedWeight
-from quire.kernels.interface import Allocate, ExpertMatrices, ExpertWeight, LowBitWeight, QuantizedWeight
+from quire.kernels.interface import ExpertWeight
 from quire.layers.linear import LinearWeight
 from quire.model_config import ModelConfig
 from quire.model_config.packed_folder import PackedFolder
@@ -21,9 +18,11 @@ from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.packed_checkpoint import form_name, part_name
 from quire.models.packed_weights import tensors_of
 from quire.models.registry import load_model
-from quire.models.row_marks import Origin, RowMarks, is_stand_in, key_of
+from quire.models.row_marks import Origin, RowMarks, key_of
 from quire.models.safetensors_file import DTYPES
 from quire.models.safetensors_writer import SafetensorsWriter
+from quire.models.source_around import SourceAround
+from quire.models.stand_in_packing import StandInPacking
 from quire.models.weights import TensorSource
 from quire.quantization import WeightFormat
 
@@ -55,7 +54,7 @@ def write_packed(
     return listed.to_dict()
 
 
-class PackingRecorder:
+class PackingRecorder(SourceAround, StandInPacking):
     """A `TensorSource` over another that hands out stand-ins of matrices, and the `Packing` that gets them back: it
     packs the matrices that they stand for, and writes the result."""
 
@@ -66,22 +65,13 @@ class PackingRecorder:
         writer: SafetensorsWriter,
         on_bytes: Callable[[int], None],
     ) -> None:
+        super().__init__(source)
         self._config = config
-        self._source, self._writer, self._on_bytes = source, writer, on_bytes
+        self._writer, self._on_bytes = writer, on_bytes
         self._marks = RowMarks()
         self._matrices: dict[str, LinearWeight] = {}
         self._written: set[str] = set()
         self.packed_layers: set[str] = set()
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        return self._source.activation_dtype
-
-    def has(self, name: str) -> bool:
-        return self._source.has(name)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self._source.shape_of(name)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._source.take(name, shape)
@@ -110,9 +100,6 @@ class PackingRecorder:
     def release(self, tensor: Tensor) -> None:
         """Pages go back when the system needs them."""
 
-    def finish(self, ignored: Iterable[str] = ()) -> None:
-        self._source.finish(ignored)
-
     def write_floats(self) -> None:
         """Write the matrices that were taken and never packed, as tables of embeddings are."""
         for name, stored in self._matrices.items():
@@ -121,43 +108,25 @@ class PackingRecorder:
 
     # -- the packing ---------------------------------------------------------------------------------------------------
 
-    def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
-        if not is_stand_in(weights[0]):
-            return cpu.pack_linear(weights, dtype, allocate)
-        origins = self._origins([weights])
-        packed = cpu.pack_linear([self._matrix(origin) for origin in origins], dtype)
-        return self._keep(form_name(dtype), origins, packed)[0]
-
-    def quantize_linear(
-        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros
-    ) -> QuantizedWeight:
-        if not is_stand_in(weights[0]):
-            return cpu.quantize_linear(weights, stored, allocate)
-        origins = self._origins([weights])
-        packed = cpu.quantize_linear([self._matrix(origin) for origin in origins], stored)
-        values, scales = self._keep(form_name(stored), origins, packed)
-        return QuantizedWeight(values, scales, stored)
-
-    def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
-        return cpu.pack_coded(matrices, allocate)
-
-    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
-        return cpu.pack_blocks(matrices)
-
-    def pack_experts(
-        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
-    ) -> ExpertWeight:
-        if not is_stand_in(matrices[0][0]):
-            return cpu.pack_experts(matrices, stored, allocate)
-        experts = [[part for part in expert if isinstance(part, Tensor)] for expert in matrices]
-        origins = self._origins(experts)
-        found = iter(origins)
-        packed = cpu.pack_experts([[self._matrix(next(found)) for _ in expert] for expert in experts], stored)
-        parts = self._keep(form_name(stored, len(experts)), origins, packed)
-        return parts[0] if isinstance(stored, str) else QuantizedWeight(parts[0], parts[1], stored)
-
-    def _origins(self, experts: Sequence[Sequence[Tensor]]) -> list[list[Origin]]:
-        return [self._marks.origins_of(part) for expert in experts for part in expert]
+    def weight(
+        self, experts: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int
+    ) -> Sequence[Tensor]:
+        """Pack the matrices and write the result; returns tensors of the same shapes without memory."""
+        origins = [self._marks.origins_of(part) for expert in experts for part in expert]
+        found = iter([self._matrix(each) for each in origins])
+        matrices = [[next(found) for _ in expert] for expert in experts]
+        packed: ExpertWeight
+        if num_experts:
+            packed = cpu.pack_experts(matrices, stored)
+        elif isinstance(stored, str):
+            packed = cpu.pack_linear(matrices[0], stored)
+        else:
+            packed = cpu.quantize_linear(matrices[0], stored)
+        key, layer = key_of(form_name(stored, num_experts), origins), origins[0][0].layer
+        tensors = tensors_of(packed)
+        for index, tensor in enumerate(tensors):
+            self._write(part_name(layer, key, index), tensor)
+        return [torch.empty_like(tensor, device="meta") for tensor in tensors]
 
     def _matrix(self, origins: Sequence[Origin]) -> Tensor:
         """The rows that a stand-in stands for."""
@@ -167,14 +136,6 @@ class PackingRecorder:
             parts.append(floats if origin.rows is None else floats[origin.rows])
             self.packed_layers.add(origin.layer)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _keep(self, form: str, origins: list[list[Origin]], packed: ExpertWeight) -> list[Tensor]:
-        """Write a packed weight; returns tensors of the same shapes without memory."""
-        key, layer = key_of(form, origins), origins[0][0].layer
-        tensors = tensors_of(packed)
-        for index, tensor in enumerate(tensors):
-            self._write(part_name(layer, key, index), tensor)
-        return [torch.empty_like(tensor, device="meta") for tensor in tensors]
 
     def _write(self, name: str, tensor: Tensor) -> None:
         if name in self._written:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from quire.config import EngineConfig
 from quire.engine.adapters import WaitingForAdapter
@@ -52,6 +52,16 @@ RANK_PROGRAM = "quire.engine.rank_process"
 
 Phase = Callable[[str, float], None]
 """Called after each phase of start-up with its name and its seconds."""
+
+
+class OtherRanks(Protocol):
+    """A `RankGroup` as this file sees it. Only ranks need msgspec, so one process runs on machines without it."""
+
+    meeting_file: Path
+
+    def wait_loaded(self) -> None: ...
+    def executor(self, runner: ModelRunner) -> Executor: ...
+    def close(self) -> None: ...
 
 
 def build_core(
@@ -103,7 +113,7 @@ def _build_core(
     preloader: Preloader | None,
     logits_processors: Sequence[object] | None,
     warm_grammars: bool,
-    group: Any,
+    group: OtherRanks | None,
 ) -> EngineCore:
     processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
     grammars = GrammarCache(
@@ -140,9 +150,7 @@ def _build_core(
         started = time.perf_counter()
         group.wait_loaded()
         target.shards.ranks.connect(group.meeting_file, target.device)
-        from quire.parallel.rank_group import RankedExecutor
-
-        executor = RankedExecutor(runner, group)
+        executor = group.executor(runner)
         on_phase(f"{config.tensor_parallel_size} ranks", time.perf_counter() - started)
     scheduler, events = _make_scheduler(target, tiers)
     core = EngineCore(
@@ -162,11 +170,10 @@ def _build_core(
     return core
 
 
-def _start_ranks(config: EngineConfig, plan: MemoryPlan, folder: Path, on_death: Callable[[str], None] | None) -> Any:
-    """Start the processes of the other ranks, a `RankGroup`; they load their parts while this one does.
-
-    Only ranks need msgspec: one process also runs on machines without it.
-    """
+def _start_ranks(
+    config: EngineConfig, plan: MemoryPlan, folder: Path, on_death: Callable[[str], None] | None
+) -> OtherRanks:
+    """Start the processes of the other ranks; they load their parts while this one does."""
     import msgspec
 
     from quire.engine.messages import RankLoad

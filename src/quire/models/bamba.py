@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from quire.models.blocks import gated_mlp, rotary_attention
+from quire.models.blocks import gated_mlp
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
 from quire.models.llama import DecoderNames, Llama
-from quire.models.recurrent import mamba2
+from quire.models.recurrent import mamba2_or_attention
 
 
 class Bamba(Llama):
@@ -15,12 +15,9 @@ class Bamba(Llama):
     names = DecoderNames(norm="final_layernorm")
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
-        is_recurrent = build.config.is_recurrent(index)
         return DecoderLayer(
             build.norm("input_layernorm"),
-            mamba2(build.scope("mamba"), index)
-            if is_recurrent
-            else rotary_attention(build.scope("self_attn"), index, cos_sin),
+            mamba2_or_attention(build, index, cos_sin),
             build.norm("pre_ff_layernorm"),
             gated_mlp(build.scope("feed_forward"), build.config.intermediate_size),
         )

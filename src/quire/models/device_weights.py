@@ -4,33 +4,31 @@ From the mapped file a tensor passes through two pinned buffers, in pieces: whil
 the next from the file. So loading takes no host memory beyond the buffers, and the device never waits for a whole file.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quire.layers.linear import LinearWeight
+from quire.models.source_around import SourceAround
 from quire.models.weights import TensorSource
 
 STAGING_BYTES = 64 * 2**20
 """Bytes of each buffer: large enough for the full rate of a bus, small enough for any host."""
 
 
-class DeviceWeights:
+class DeviceWeights(SourceAround):
     """A TensorSource whose tensors lie on `device`, float tensors as `dtype`, in which the model also computes."""
 
     def __init__(self, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
-        self.activation_dtype = dtype
+        super().__init__(source)
+        self._dtype = dtype
         self.device = device
-        self._source = source
         self._upload = Upload(device)
 
-    def has(self, name: str) -> bool:
-        return self._source.has(name)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self._source.shape_of(name)
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        return self._dtype
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._send(self._source.take(name, shape))
@@ -43,16 +41,10 @@ class DeviceWeights:
         sent = None if stored.bias is None else self._send(stored.bias)
         return replace(stored, weight=self._send(stored.floats()), bias=sent)
 
-    def release(self, tensor: Tensor) -> None:
-        self._source.release(tensor)
-
-    def finish(self, ignored: Iterable[str] = ()) -> None:
-        self._source.finish(ignored)
-
     def _send(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu":  # random weights are made on the device
             tensor = self._upload(tensor)
-        return tensor.to(self.activation_dtype)
+        return tensor.to(self._dtype)
 
 
 class Upload:

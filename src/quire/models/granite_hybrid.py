@@ -2,23 +2,20 @@
 
 from torch import Tensor
 
-from quire.models.blocks import GatedMLP, fused_gated_mlp, rotary_attention
+from quire.models.blocks import GatedMLP, fused_gated_mlp
 from quire.models.builder import Builder
 from quire.models.decoder import MLP, DecoderLayer
 from quire.models.granite_moe import GraniteMoE
-from quire.models.recurrent import mamba2
+from quire.models.recurrent import mamba2_or_attention
 
 
 class GraniteHybrid(GraniteMoE):
     """Granite-MoE's names around the experts; the shared network lies beside them."""
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
-        is_recurrent = build.config.is_recurrent(index)
         return DecoderLayer(
             build.norm("input_layernorm"),
-            mamba2(build.scope("mamba"), index)
-            if is_recurrent
-            else rotary_attention(build.scope("self_attn"), index, cos_sin),
+            mamba2_or_attention(build, index, cos_sin),
             build.norm("post_attention_layernorm"),
             self.make_mlp(build, index),
             residual_factor=build.config.residual_multiplier,

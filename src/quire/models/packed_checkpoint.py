@@ -14,22 +14,20 @@ from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.kernels import cpu
-from quire.kernels.allocation import zeros
-from quire.kernels.block_matrix import BlockMatrix
-from quire.kernels.coded import CodedMatrix, CodedWeight
-from quire.kernels.interface import Allocate, ExpertMatrices, ExpertWeight, LowBitWeight, Packing, QuantizedWeight
+from quire.kernels.interface import Packing
 from quire.layers.linear import LinearWeight
 from quire.model_config.packed_folder import PACKED_FILE, PackedFolder
-from quire.models.row_marks import RowMarks, is_stand_in, key_of
+from quire.models.row_marks import RowMarks, key_of
 from quire.models.safetensors_file import DTYPES, Entry, read_header
 from quire.models.safetensors_weights import SafetensorsWeights
+from quire.models.stand_in_packing import StandInPacking
 from quire.models.weights import take_float_linear
 from quire.quantization import WeightFormat
 
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 
 
-class PackedCheckpoint:
+class PackedCheckpoint(StandInPacking):
     """A `TensorSource` and the `Packing` that belongs to it."""
 
     activation_dtype = torch.float32
@@ -104,41 +102,13 @@ class PackedCheckpoint:
 
     # -- the packing ---------------------------------------------------------------------------------------------------
 
-    def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
-        if not is_stand_in(weights[0]):
-            return cpu.pack_linear(weights, dtype, allocate)
-        return self._find([weights], dtype)[0]
-
-    def quantize_linear(
-        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros
-    ) -> QuantizedWeight:
-        if not is_stand_in(weights[0]):
-            return cpu.quantize_linear(weights, stored, allocate)
-        values, scales = self._find([weights], stored)
-        return QuantizedWeight(values, scales, stored)
-
-    def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
-        return cpu.pack_coded(matrices, allocate)
-
-    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
-        return cpu.pack_blocks(matrices)
-
-    def pack_experts(
-        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
-    ) -> ExpertWeight:
-        if not is_stand_in(matrices[0][0]):
-            return cpu.pack_experts(matrices, stored, allocate)
-        experts = [[part for part in expert if isinstance(part, Tensor)] for expert in matrices]
-        found = self._find(experts, stored, len(experts))
-        return found[0] if isinstance(stored, str) else QuantizedWeight(found[0], found[1], stored)
-
-    def _find(
-        self, matrices: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int = 0
-    ) -> list[Tensor]:
-        """The tensors of the weight that is made of these stand-ins."""
-        origins = [self._marks.origins_of(part) for expert in matrices for part in expert]
+    def weight(
+        self, experts: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int
+    ) -> Sequence[Tensor]:
+        """Views of the mapped files."""
+        origins = [self._marks.origins_of(part) for expert in experts for part in expert]
         key = key_of(form_name(stored, num_experts), origins)
-        num_outputs, num_inputs = sum(len(part) for part in matrices[0]), matrices[0][0].shape[1]
+        num_outputs, num_inputs = sum(len(part) for part in experts[0]), experts[0][0].shape[1]
         shapes = packed_shapes(stored, num_outputs, num_inputs)
         layer = origins[0][0].layer
         if not self._files.has(part_name(layer, key, 0)):
@@ -146,9 +116,9 @@ class PackedCheckpoint:
                 f"{self._folder}: there is no packed weight of {layer} and what is now packed with it; the folder "
                 f"fits another version of Quire or another config.json: run quire convert again on the original"
             )
-        experts = (num_experts,) if num_experts else ()
+        stack = (num_experts,) if num_experts else ()
         return [
-            self._files.take_as(part_name(layer, key, index), (*experts, *shape), (_NAMES[dtype],))
+            self._files.take_as(part_name(layer, key, index), (*stack, *shape), (_NAMES[dtype],))
             for index, (dtype, shape) in enumerate(shapes)
         ]
 

@@ -18,6 +18,7 @@ from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.model_config.recurrent import RecurrentConfig
+from quire.models.blocks import SelfAttention, rotary_attention
 from quire.models.builder import Builder
 from quire.models.weights import WeightScope
 
@@ -118,6 +119,13 @@ class Mamba2(_Recurrent):
         groups = gated.view(len(gated), recurrent.num_key_heads, -1)
         normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
         return self.out_proj((normed.flatten(1) * self.norm_weight).to(dtype))
+
+
+def mamba2_or_attention(build: Builder, layer: int, cos_sin: Tensor | None) -> Mamba2 | SelfAttention:
+    """What mixes tokens in a layer of a hybrid: `mamba` where the config says recurrent, else `self_attn`."""
+    if build.config.is_recurrent(layer):
+        return mamba2(build.scope("mamba"), layer)
+    return rotary_attention(build.scope("self_attn"), layer, cos_sin)
 
 
 def mamba2(build: Builder, layer: int) -> Mamba2:

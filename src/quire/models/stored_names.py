@@ -4,27 +4,18 @@ transformers saves `model.layers.0…` from a model with an output head and `lay
 either into both; some checkpoints mix them. Here a name that is not stored is looked up without its first part.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from quire.layers.linear import LinearWeight
-from quire.models.weights import TensorSource
+from quire.models.source_around import SourceAround
 
 MATRICES = ("weight", "qweight", "weight_packed")
 """What formats of checkpoints call the matrix of a dense layer."""
 
 
-class StoredNames:
+class StoredNames(SourceAround):
     """A `TensorSource` over another."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        return self._source.activation_dtype
 
     @property
     def device(self) -> torch.device:
@@ -49,12 +40,6 @@ class StoredNames:
         if dot and not self._has_layer(name) and self._has_layer(rest):
             name = rest
         return self._source.take_linear(name, shape, bias=bias, transposed=transposed)
-
-    def release(self, tensor: Tensor) -> None:
-        self._source.release(tensor)
-
-    def finish(self, ignored: Iterable[str] = ()) -> None:
-        self._source.finish(ignored)
 
     def _has_layer(self, name: str) -> bool:
         return any(self._source.has(f"{name}.{matrix}") for matrix in MATRICES)

@@ -121,6 +121,10 @@ class RankGroup:
             if report.error:
                 raise getattr(errors, report.error, QuireError)(report.message)
 
+    def executor(self, runner: Runner) -> "RankedExecutor":
+        """What runs each plan on `runner`, as rank 0, and on all other ranks."""
+        return RankedExecutor(runner, self)
+
     def send(self, body: bytes) -> None:
         """Send a frame to all ranks. Raises `RankDeadError`."""
         try:
