@@ -31,7 +31,8 @@ def convert(
     model
         A folder, a GGUF file, or a name as other commands take it.
     to
-        int8, int4, int4-fast; bf16, fp16, fp32; or gguf:TYPE, where TYPE is F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+        int8, int4, int4-fast; bf16, fp16, fp32; or gguf:TYPE, where TYPE is F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or
+        Q4_0.
     output
         The folder or file to write. By default the model's name and the target, in the working folder.
     revision
