@@ -1,7 +1,7 @@
 """RouterSettings: the options of `quire router`."""
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from quire.errors import ConfigError
 from quire.option_values import parse_size
@@ -54,8 +54,8 @@ class RouterSettings:
                 "backends is empty: give the URLs of the servers, as --backends http://a:8000,http://b:8000"
             )
         for url in self.backends:
-            parsed = urlsplit(url)
-            if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.query or parsed.fragment:
+            parsed = _parse(url)
+            if parsed is None or not parsed.hostname or parsed.query or parsed.fragment:
                 raise ConfigError(f"backends has {url!r}, which is no URL of a server; write it as http://host:8000")
             if parsed.path.rstrip("/"):
                 raise ConfigError(f"backends has {url!r}; leave out the path {parsed.path!r}: the router adds paths")
@@ -85,3 +85,12 @@ class RouterSettings:
             raise ConfigError(f"health_interval is {self.health_interval}; it must be from 0.05 to 3600 seconds")
         if not self.shutdown_timeout >= 0:
             raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout}; it must be 0 or more seconds")
+
+
+def _parse(url: str) -> SplitResult | None:
+    """The parts of a server's URL; None for a text that is none, such as one with a port that is no number."""
+    try:
+        parsed = urlsplit(url)
+        return parsed if parsed.scheme in ("http", "https") and parsed.port != 0 else None
+    except ValueError:
+        return None
