@@ -2,8 +2,8 @@
 
 Runs steps of the bundled model in this process, and between them what the engine process does while somebody looks:
 it compares the pool and encodes what changed. What the API process does for each viewer is timed as well. Prints both
-as shares of the time of the steps, from the first look on. Time is CPU time of this thread with one kernel thread, so that other programs on the
-machine count as little as they can.
+as shares of the time of the steps, from the first look on. Time is CPU time of this thread with one kernel thread, so
+that other programs on the machine count as little as they can.
 """
 
 import argparse
