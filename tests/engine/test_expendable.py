@@ -65,6 +65,12 @@ def test_a_question_is_blamed_by_evidence(
     assert process.ask(question("none", tmp_path / "none", times=0)).text == "right"
 
 
+def test_kills_in_a_row_blame_nobody(process: Expendable[Rendered], tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailableError) as caught:
+        process.ask(question("killed", tmp_path / "seen", times=2))
+    assert not isinstance(caught.value, CostlyQuestionError)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_idles_is_replaced(
     process: Expendable[Rendered], tmp_path: Path, number: signal.Signals

@@ -6,6 +6,7 @@ which outlives it, says what it is doing.
 """
 
 import gc
+import math
 import os
 import select
 import signal
@@ -65,6 +66,8 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._buffer = FrameBuffer()
+        self._poll = select.poll()  # select() takes no descriptor above 1,023, and a server may have many
+        self._poll.register(sock, select.POLLIN)
 
     def receive(self, *, wait: float | None) -> list[ToEngine]:
         """Messages that have arrived. Waits up to `wait` seconds for the first one, for ever if None.
@@ -72,7 +75,8 @@ class Connection:
         Raises `EOFError` if the other end has closed.
         """
         messages: list[ToEngine] = []
-        while select.select([self._socket], [], [], 0 if messages else wait)[0]:
+        milliseconds = None if wait is None else math.ceil(1e3 * wait)
+        while self._poll.poll(0 if messages else milliseconds):
             data = self._socket.recv(_CHUNK_BYTES)
             if not data:
                 raise EOFError

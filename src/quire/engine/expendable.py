@@ -1,7 +1,7 @@
 """Expendable: a child process that can be killed, for work that may never end or may take all memory.
 
 It answers one question at a time over one end of a socketpair. A question is blamed only on evidence: the system ended
-its process for the CPU time that it used, or it used time and did not answer, or two processes in a row failed on it.
+its process for the CPU time that it used, or it used time and did not answer, or two processes in a row broke on it.
 A process that was killed or stopped from outside, or answers what cannot be read, is replaced, and the question is
 asked again.
 """
@@ -32,6 +32,7 @@ LOOK_SECONDS = 0.5
 """Time between two looks whether a process that owes an answer was stopped."""
 _WORKED_SECONDS = 0.5
 """CPU time by which a question is to blame for an answer that is late."""
+_ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT)
 
 
 class CostlyQuestionError(EngineUnavailableError):
@@ -39,12 +40,12 @@ class CostlyQuestionError(EngineUnavailableError):
 
 
 class _ProcessFault(Exception):
-    """The process failed; `by_question`: the question is to blame; `while_starting`: it was not asked yet."""
+    """The process failed; `by_question`: the question is to blame; `from_outside`: it certainly is not."""
 
-    def __init__(self, what: str, *, by_question: bool = False, while_starting: bool = False) -> None:
+    def __init__(self, what: str, *, by_question: bool = False, from_outside: bool = False) -> None:
         super().__init__(what)
         self.by_question = by_question
-        self.while_starting = while_starting
+        self.from_outside = from_outside
 
 
 class Expendable(Generic[Answer]):
@@ -81,7 +82,7 @@ class Expendable(Generic[Answer]):
             except _ProcessFault as fault:
                 num_faults += 1
                 words = f"the process that {self._purpose} {fault}"
-                if self._num_kills != num_kills or (num_faults == 2 and fault.while_starting):
+                if self._num_kills != num_kills or (num_faults == 2 and fault.from_outside):
                     raise EngineUnavailableError(words) from fault
                 if num_faults == 2 or fault.by_question:
                     raise CostlyQuestionError(words) from fault
@@ -110,7 +111,8 @@ class Expendable(Generic[Answer]):
         try:
             return self._ask(self._first, max(self._seconds, START_SECONDS))
         except _ProcessFault as fault:
-            raise _ProcessFault(f"{fault} before its first answer", while_starting=True) from fault
+            what = f"{fault} before its first answer"
+            raise _ProcessFault(what, by_question=fault.by_question, from_outside=fault.from_outside) from fault
 
     def _spawn(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -149,9 +151,14 @@ class Expendable(Generic[Answer]):
         except TimeoutError as error:
             after = activity(self._process.pid)
             worked = before is None or after is None or after.work - before.work >= _WORKED_SECONDS
-            raise self._fault(f"did not answer in {seconds:g} s", by_question=worked) from error
+            raise self._fault(
+                f"did not answer in {seconds:g} s", by_question=worked, from_outside=not worked
+            ) from error
         except OSError as error:
-            raise self._fault("has ended", by_question=self._exit_code() == -signal.SIGXCPU) from error
+            code = self._exit_code()
+            raise self._fault(
+                "has ended", by_question=code == -signal.SIGXCPU, from_outside=code in _ENDED_FROM_OUTSIDE
+            ) from error
         except _ProcessFault:
             raise
         except (msgspec.MsgspecError, ValueError) as error:
@@ -168,9 +175,9 @@ class Expendable(Generic[Answer]):
             return self._process.wait(timeout=1.0)
         return None
 
-    def _fault(self, what: str, *, by_question: bool = False) -> _ProcessFault:
+    def _fault(self, what: str, *, by_question: bool = False, from_outside: bool = False) -> _ProcessFault:
         self.close()
-        return _ProcessFault(what, by_question=by_question)
+        return _ProcessFault(what, by_question=by_question, from_outside=from_outside)
 
     def _exchange(self, question: Question, seconds: float) -> Answer:
         """Send a question and read its answer. Raises `TimeoutError`, another `OSError` if the connection ended."""
@@ -187,7 +194,7 @@ class Expendable(Generic[Answer]):
                 if time.monotonic() >= deadline:
                     raise
                 if is_stopped(self._process.pid):
-                    raise self._fault("was stopped from outside") from None
+                    raise self._fault("was stopped from outside", from_outside=True) from None
                 continue
             if not data:
                 raise ConnectionResetError
