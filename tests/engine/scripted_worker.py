@@ -33,6 +33,8 @@ def act(fault: str, connection: socket.socket) -> None:
         connection.sendall(REPLIES[fault])
     elif fault == "exits":
         os._exit(0)
+    elif fault == "raises":
+        raise MemoryError
     elif fault == "closes and lives on":
         connection.close()
     while fault == "late and busy":

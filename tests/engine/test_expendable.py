@@ -26,7 +26,7 @@ FROM_OUTSIDE = (
     "a length without end",
     "late",
 )
-BY_QUESTION = ("out of CPU time", "late and busy")
+BY_QUESTION = ("out of CPU time", "late and busy", "raises")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import gc
 import math
 import os
 import select
-import signal
 import socket
 import sys
 import traceback
@@ -19,6 +18,7 @@ from time import perf_counter
 
 from quire.engine.core import EngineCore
 from quire.engine.device import bind_to_node, take_cards
+from quire.engine.group_signals import leave_to_parent
 from quire.engine.messages import (
     Abort,
     Add,
@@ -89,8 +89,7 @@ class Connection:
 
 def main(fd: int, record_fd: int, make_core: MakeCore, prepare: Callable[[], None]) -> None:
     """Be an engine process for as long as the other end of the socket lives. `prepare` is the work of a spare."""
-    # Ctrl-C in a terminal reaches the whole process group; only the API process handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     connection, record = Connection(socket.socket(fileno=fd)), StepRecord(record_fd)
     try:
         first, *messages = connection.receive(wait=None)

@@ -1,7 +1,8 @@
 """Expendable: a child process that can be killed, for work that may never end or may take all memory.
 
-It answers one question at a time over one end of a socketpair. A question is blamed only on evidence: the system ended
-its process for the CPU time that it used, or it used time and did not answer, or two processes in a row broke on it.
+It answers one question at a time over one end of a socketpair. A question is blamed only on evidence: its process
+raised an exception or was ended for the CPU time that it used, or used time and did not answer, or two processes in a
+row broke on it.
 A process that was killed or stopped from outside, or answers what cannot be read, is replaced, and the question is
 asked again.
 """
@@ -156,8 +157,11 @@ class Expendable(Generic[Answer]):
             ) from error
         except OSError as error:
             code = self._exit_code()
+            raised = code is not None and code > 0  # an exception, such as one for want of memory
             raise self._fault(
-                "has ended", by_question=code == -signal.SIGXCPU, from_outside=code in _ENDED_FROM_OUTSIDE
+                "has ended",
+                by_question=raised or code == -signal.SIGXCPU,
+                from_outside=code in _ENDED_FROM_OUTSIDE,
             ) from error
         except _ProcessFault:
             raise
