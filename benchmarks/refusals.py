@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.overload import LIGHT, QUEUE, SEATS, Generator, Seen, ask, percentile, with_server
+from benchmarks.overload import HEAVY, QUEUE, SEATS, Generator, Seen, ask, percentile, with_server
 
 TOKENS = 900
 CLIENTS = 2
@@ -53,7 +53,7 @@ def refuse(port: int, seconds: float) -> Seen:
     def client() -> None:
         mine = Seen()
         while time.monotonic() < until:
-            ask(port, LIGHT, mine)
+            ask(port, HEAVY, mine)
         seen.add(mine)
 
     threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
@@ -69,7 +69,7 @@ def wait_full(port: int) -> None:
     until, seen = time.monotonic() + FILL_SECONDS, Seen()
     while not seen.refusals:
         assert time.monotonic() < until, "the queue does not fill"
-        ask(port, LIGHT, seen)
+        ask(port, HEAVY, seen)
 
 
 def measure(port: int, pid: int, generator: Generator, seconds: float, turns: int) -> None:

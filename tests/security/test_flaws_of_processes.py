@@ -11,6 +11,7 @@ import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_18_and_20_grammars_that_break_the_compiler_are_refused() -> None:
     properties = "{}"
     for _ in range(400):
         properties = f'{{"type":"object","properties":{{"a":{properties}}}}}'
-    hostile = [
+    hostile: list[dict[str, Any]] = [
         *({"json": schema} for schema in ('{"$ref":"#"}', '{"$ref":"#/$defs/none"}', '{"type":5}', properties)),
         {"json": '{"allOf":' + json.dumps([{"$ref": "#"}] * 50) + "}"},
         *({"regex": regex} for regex in ("((((.?){20}){20}){20}){20}", "(" * 3000, "(?P<a>x)(?P=a)", "[a-")),

@@ -113,6 +113,8 @@ class Expendable(Generic[Answer]):
             return self._ask(self._first, max(self._seconds, START_SECONDS))
         except _ProcessFault as fault:
             what = f"{fault} before its first answer"
+            if isinstance(fault.__cause__, TimeoutError):  # the machine is busy: no question is to blame
+                raise EngineUnavailableError(f"the process that {self._purpose} {what}") from fault
             raise _ProcessFault(what, by_question=fault.by_question, from_outside=fault.from_outside) from fault
 
     def _spawn(self) -> None:
