@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.engine.chat_template import read_response_template, read_sources
-from quire.engine.expendable import Expendable
+from quire.engine.expendable import CostlyQuestionError, Expendable
 from quire.engine.messages import LoadTemplate, Rendered, RenderMessages, decode_from_renderer
 from quire.errors import EngineUnavailableError, QueueFullError, RequestError
 
@@ -83,7 +83,7 @@ class ChatTemplateProcess:
         process = self._idle.pop()
         try:
             answer = process.ask(RenderMessages([dict(message) for message in messages], options))
-        except EngineUnavailableError as error:
+        except CostlyQuestionError as error:
             raise RequestError(
                 "the model's chat template takes too much time or memory for these messages; shorten them",
                 param="messages",

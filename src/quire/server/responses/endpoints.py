@@ -32,6 +32,7 @@ from quire.server.responses.runs import Run
 from quire.server.responses.store import StoredResponse
 from quire.server.store_faults import RetryPause, StoreFailedError
 from quire.server.streaming import StreamForm
+from quire.server.tools.request import check_count
 
 T = TypeVar("T")
 Save = Callable[[ResponseObject], Awaitable[None]]
@@ -51,6 +52,7 @@ async def create_response(context: RequestContext) -> None:
     check_absent(request, ("conversation", "prompt", "context_management", "moderation"))
     if request.background and request.store is False:
         raise RequestError("background needs store to be true: the reply is the stored response", param="background")
+    check_count(request.tools or ())
     if hosted := sorted({str(tool["type"]) for tool in request.tools or () if is_hosted(tool)}):
         context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; they are left out")
     store, account = context.services.responses, context.client.account

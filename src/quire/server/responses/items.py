@@ -10,7 +10,6 @@ from quire.errors import RequestError
 from quire.server.protocol import ChatCompletionRequest, JsonSchema, Message, ResponseFormat
 from quire.server.responses.namespaces import flat_tools, joined
 from quire.server.responses.protocol import ResponsesRequest, SamplingFields, TextFormat
-from quire.server.tools.request import check_count
 
 Item = dict[str, Any]
 
@@ -33,9 +32,7 @@ def to_chat(request: ResponsesRequest, history: Iterable[Item]) -> ChatCompletio
     system = [Message(role="system", content=request.instructions)] if request.instructions else []
     passed_on = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
     with_logprobs = bool(request.top_logprobs) or WITH_LOGPROBS in (request.include or ())
-    given = list(flat_tools(request.tools or ()))
-    check_count(given)
-    tools = [_tool(tool, place) for place, tool in given if not is_hosted(tool)]
+    tools = [_tool(tool, place) for place, tool in flat_tools(request.tools or ()) if not is_hosted(tool)]
     choice = _tool_choice(request.tool_choice)
     return ChatCompletionRequest(
         model=request.model,
