@@ -1,6 +1,8 @@
 """Servers that come, go, restart their engine, or answer what no server should."""
 
 import asyncio
+import shutil
+import ssl
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES
 from tests.router.fake_server import Asked, Died, FakeServer, marked
 from tests.router.test_proxy import DONE, STREAM, WHOLE, count_on, event, route, text_of
+from tests.server.test_tls import certificate
 
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 GARBAGE = {
@@ -267,6 +270,21 @@ def test_servers_behind_a_prefix_and_without_health() -> None:
         assert [each.asked[0].path for each in servers] == ["/v1/completions"] * 2
 
     route(servers, test, policy="round-robin")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, which makes certificates")
+def test_servers_with_tls(tmp_path: Path) -> None:
+    """A certificate that nobody vouches for is the reason that is given; with its file the server is used."""
+    made, key = certificate(tmp_path, "server")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(made, key)
+
+    async def test(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:
+        assert (await client.post("/v1/completions", json=STREAM)).content == WHOLE
+
+    route([FakeServer(count_on, tls=tls)], test, backend_ca_file=Path(made))
+    with pytest.raises(ConfigError, match=r"https://.*CERTIFICATE_VERIFY_FAILED.*--backend-ca-file"):
+        route([FakeServer(count_on, tls=tls)], test)
 
 
 def test_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:

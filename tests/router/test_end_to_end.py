@@ -1,7 +1,11 @@
 """Two real servers behind the router; one of them is killed under streams."""
 
+import json
+import re
+import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,7 +49,21 @@ def test_streams_of_a_killed_server_go_on_with_the_same_tokens() -> None:
             assert state["resumed_streams"] >= 1
             assert state["cut_streams"] == 0
             assert [each["is_up"] for each in state["replicas"]] == [False, True]
+            check_that_leaving_frees_the_engine(servers[1], router)
             assert router.stop() == 0
+
+
+def check_that_leaving_frees_the_engine(server: Process, router: Process) -> None:
+    """Clients that leave the router in the middle of streams and whole answers leave no request and no used block."""
+    body = {"prompt": "To be, or not to be", "max_tokens": 1000, "ignore_eos": True, "temperature": 0}
+    for stream in (True, False):
+        connections = [open_request(router.port, {**body, "stream": stream}) for _ in range(8)]
+        await_figures(server.url, lambda running, usage: running == 8 and usage > 0)
+        for each in connections:
+            each.close()
+        await_figures(server.url, lambda running, usage: running == 0 and usage == 0)
+    state = httpx.get(f"{router.url}/router").json()
+    assert (state["replicas"][1]["num_requests"], state["cut_streams"]) == (0, 0)
 
 
 def answer(
@@ -80,3 +98,32 @@ def answer(
     assert len(ids) == 1
     assert usage is not None
     return [[choices[index] for index in sorted(choices)], usage.prompt_tokens, usage.completion_tokens]
+
+
+def open_request(port: int, body: dict[str, Any]) -> socket.socket:
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%b" % (len(content), content)
+    )
+    return connection
+
+
+def await_figures(url: str, is_right: Callable[[float, float], bool], seconds: float = 30.0) -> None:
+    """Wait until the running requests and the share of the KV cache in use are right."""
+    deadline = time.monotonic() + seconds
+    figures = (-1.0, -1.0)
+    while time.monotonic() < deadline:
+        text = httpx.get(f"{url}/metrics").text
+        figures = (metric(text, "num_requests_running"), metric(text, "kv_cache_usage_perc"))
+        if is_right(*figures):
+            return
+        time.sleep(0.02)
+    raise AssertionError(figures)
+
+
+def metric(text: str, name: str) -> float:
+    found = re.search(rf"^quire:{name}(?:\{{[^}}]*\}})? (\S+)", text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
