@@ -156,12 +156,7 @@ def _oracle(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     share = 100 * equal / everything if everything else 100.0
     return [
         {"routing": "oracle", "prefix_hit_pct": everything, "of_oracle_pct": 100.0},
-        {
-            "routing": "oracle, same size",
-            "prefix_hit_pct": equal,
-            "of_oracle_pct": share,
-            "of_equal_oracle_pct": 100.0,
-        },
+        {"routing": "equal size", "prefix_hit_pct": equal, "of_oracle_pct": share},
     ]
 
 

@@ -25,7 +25,6 @@ ENGINE = (
 CLUSTER = (
     Column("prefix_hit_pct", "hits", "%"),
     Column("of_oracle_pct", "oracle", "= 100"),
-    Column("of_equal_oracle_pct", "same size", "= 100"),
     Column("ttft_p50", "TTFT", "p50, s"),
     Column("ttft_p99", "TTFT", "p99, s"),
     Column("goodput_per_s", "goodput", "req/s"),
@@ -33,9 +32,7 @@ CLUSTER = (
     Column("most_work_to_mean", "load", "max/mean"),
     Column("device_hours_per_1k", "cost", "h/1,000"),
 )
-"""The headline figures of a cluster. Hits are compared with those of an oracle: one cache for all replicas, which
-forgets nothing, or which has the size of all their caches. The cost is hours of one device for a thousand requests that
-count for goodput."""
+"""The headline figures of a cluster. The cost is hours of one device for a thousand requests that count for goodput."""
 
 
 def print_table(name: str, rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> None:
