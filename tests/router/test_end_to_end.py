@@ -50,7 +50,44 @@ def test_streams_of_a_killed_server_go_on_with_the_same_tokens() -> None:
             assert state["cut_streams"] == 0
             assert [each["is_up"] for each in state["replicas"]] == [False, True]
             check_that_leaving_frees_the_engine(servers[1], router)
+            check_that_bad_requests_get_the_servers_answer(servers[1], router)
             assert router.stop() == 0
+
+
+BAD_BODIES: list[bytes] = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"prompt": "\xff"}',
+    b"[" * 5_000,
+    b'{"prompt": 5}',
+    b'{"prompt": []}',
+    b'{"prompt": [-1]}',
+    b'{"prompt": "a", "model": "another"}',
+    b'{"prompt": "a", "n": 1000}',
+    b'{"prompt": "a", "max_tokens": 1e9}',
+    b'{"prompt": "a", "stream": "yes"}',
+    b'{"prompt": "a", "stream": true, "temperature": -1}',
+    b'{"prompt": "a", "cache_salt": 5}',
+    b'{"prompt": "a", "prompt_cache_key": {"a": [1]}}',
+]
+
+
+def check_that_bad_requests_get_the_servers_answer(server: Process, router: Process) -> None:
+    """The router adds no error of its own and no 5xx, whatever a client sends."""
+    asked = [("POST", path, body) for path in ("/v1/completions", "/v1/chat/completions") for body in BAD_BODIES]
+    asked += [(method, "/v1/completions", b"") for method in ("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE")]
+    paths = ("/v1/files/none", "/v1/responses/none", "/v1/responses/", "/nothing", "/v1/../v1/models", "/%ff%00?a=%zz")
+    asked += [("GET", path, b"") for path in paths]
+    headers = {"content-type": "application/json", "x-quire-stream": "forged", "x-quire-prompt": "blocks"}
+    with httpx.Client(timeout=30) as client:
+        for method, path, body in asked:
+            direct = client.request(method, server.url + path, content=body)
+            routed = client.request(method, router.url + path, content=body, headers=headers)
+            assert routed.status_code == direct.status_code, (method, path, body[:60], routed.text[:300])
+            assert routed.status_code < 500 or routed.status_code == 501
+        assert client.get(f"{router.url}/health").json()["servers"] == 1
 
 
 def check_that_leaving_frees_the_engine(server: Process, router: Process) -> None:
