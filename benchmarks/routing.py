@@ -85,7 +85,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def measure_decisions(num_replicas: int, num_tokens: int, block_size: int = 16) -> None:
-    """Print microseconds of processor time per decision of `LeastWork` for prompts that replicas hold to different extents."""
+    """Print microseconds of processor time of `LeastWork`, for prompts that replicas hold to different extents."""
     draw = random.Random(0)
     num_blocks = num_tokens // block_size
     kinds: tuple[tuple[str, Callable[[], list[int]]], ...] = (

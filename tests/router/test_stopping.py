@@ -3,14 +3,15 @@
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
 
 import httpx
 
 from quire.router.serve import http_settings, serve
 from quire.router.settings import RouterSettings
 from quire.server.sockets import bind, url_of
-from tests.router.fake_server import FakeServer, event, marked
-from tests.router.test_proxy import DONE, STREAM, WHOLE, Asked, AsyncIterator
+from tests.router.fake_server import Asked, FakeServer, event, marked
+from tests.router.test_proxy import DONE, STREAM, WHOLE
 
 NUM_STREAMS = 50
 
