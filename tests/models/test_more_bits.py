@@ -1,4 +1,4 @@
-"""Layers of int4 that get 8 bits: which they are, that they fit their memory, that every way of loading has the same."""
+"""Layers of int4 that get 8 bits: which they are, that they fit their memory, the same in every way of loading."""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def chosen(folder: Path, quantization: str = "int4") -> MoreBits:
 @pytest.fixture(scope="module")
 def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_checkpoint(tmp_path_factory.mktemp("models") / "m", "llama")
-    return change(folder, **{"layers__1__self_attn__o_proj": "spiky"})
+    return change(folder, layers__1__self_attn__o_proj="spiky")
 
 
 def test_the_layers_that_change_most_are_chosen(spiky: Path) -> None:
