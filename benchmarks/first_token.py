@@ -44,8 +44,8 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in pairs)
         size = sum(Path(file).stat().st_size for file in files) / 1e6
         print(
-            f"{model.name} ({size:.0f} MB): first token {first:.2f}, reading {read:.2f} CPU seconds, ratio {ratio:.2f}; "
-            f"load average {os.getloadavg()[0]:.1f}",
+            f"{model.name} ({size:.0f} MB): first token {first:.2f}, reading {read:.2f} CPU seconds, ratio "
+            f"{ratio:.2f}; load average {os.getloadavg()[0]:.1f}",
             flush=True,
         )
 
