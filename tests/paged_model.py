@@ -12,7 +12,7 @@ from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.attention.recurrence import plan_recurrence
 from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for, reference
-from quire.kernels.interface import StateLayer
+from quire.kernels.interface import Packing, StateLayer
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -35,6 +35,7 @@ class PagedModel:
         kv_dtype: torch.dtype = torch.float32,
         config: ModelConfig | None = None,
         shards: Shards | None = None,
+        packing: Packing | None = None,
     ) -> None:
         self.config = config = config or ModelConfig.from_folder(folder)
         kernels = kernels or kernels_for("cpu")
@@ -45,6 +46,7 @@ class PagedModel:
             dtype,
             max_model_len=max_model_len,
             shards=shards,
+            packing=packing,
         )
         self.block_size = block_size
         blocks_per_sequence = -(-(max_model_len or config.context_length) // block_size)

@@ -1,4 +1,4 @@
-"""Layers of int4 that get 8 bits: which they are, that they fit their memory, that every way of loading has the same."""
+"""Layers of int4 that get 8 bits: which they are, that they fit their memory, the same in every way of loading."""
 
 from pathlib import Path
 from typing import Any
