@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
@@ -46,6 +46,7 @@ class InputProcessor:
     ) -> None:
         self._model_config = model_config
         self._vocab_size = model_config.vocab_size
+        self._known_ids: Any = list[Annotated[int, msgspec.Meta(ge=0, lt=model_config.vocab_size)]]
         self._eos_token_ids = model_config.eos_token_ids
         if not self._eos_token_ids and tokenizer is not None and tokenizer.eos_token_id is not None:
             self._eos_token_ids = (tokenizer.eos_token_id,)
@@ -110,9 +111,22 @@ class InputProcessor:
             hides_logprobs=hides_logprobs,
         )
         check_request(
-            request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs, max_model_len=self._max_model_len
+            request,
+            vocab_size=self._vocab_size,
+            max_logprobs=self._max_logprobs,
+            max_model_len=self._max_model_len,
+            knows_prompt=self._knows(token_ids),
         )
         return request, text
+
+    def _knows(self, token_ids: list[int]) -> bool:
+        """Whether all are integers of the vocabulary: a quarter of the time of min and max. False if this cannot say,
+        as with numpy's integers."""
+        try:
+            msgspec.convert(token_ids, self._known_ids)
+        except msgspec.ValidationError:
+            return False
+        return True
 
     def _truncated(self, token_ids: list[int], keep: int, room: int) -> list[int]:
         """The last tokens, or what an encoder reads; −1: as many as there is room for."""

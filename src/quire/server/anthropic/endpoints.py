@@ -2,7 +2,7 @@
 
 from quire.errors import RequestError
 from quire.server.answers import Answer
-from quire.server.anthropic.blocks import SENT_NAMES, is_hosted, to_chat
+from quire.server.anthropic.blocks import SENT_NAMES, hosted_types, to_chat
 from quire.server.anthropic.protocol import (
     AnthropicMessage,
     CountRequest,
@@ -17,6 +17,7 @@ from quire.server.errors import naming
 from quire.server.params import check_absent
 
 _REFUSED = ("mcp_servers", "container")
+_WISHES = ("thinking_token_budget", "continue_final_message")
 
 
 async def create_message(context: RequestContext) -> None:
@@ -24,8 +25,8 @@ async def create_message(context: RequestContext) -> None:
     context.check_generates()
     model = context.check_model(request.model)
     check_absent(request, _REFUSED)
-    if hosted := sorted({str(tool.type) for tool in request.tools or () if is_hosted(tool)}):
-        context.warn(f"tools of type {', '.join(hosted)} run on Anthropic's servers; they are left out")
+    if hosted := hosted_types(request):
+        context.warn(f"{', '.join(hosted)} run on Anthropic's servers; they are left out")
     turn = (await _turn(context, request)).named(SENT_NAMES)
     message = AnthropicMessage(id=context.answer_id("msg_"), model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
@@ -34,16 +35,17 @@ async def create_message(context: RequestContext) -> None:
 
 
 async def _turn(context: RequestContext, request: MessagesRequest) -> ChatTurn:
-    """The turn of `request`. With thinking, Anthropic's clients must send a budget. A model that cannot keep one runs
-    without it."""
+    """The turn of `request`. With thinking, Anthropic's clients must send a budget, and a text of the assistant at the
+    end is to be continued. A model that cannot do one or the other runs without it."""
     with naming(SENT_NAMES):
         chat = to_chat(request)
-        try:
-            return await chat_turn(context, chat, clips_output=True)
-        except RequestError as error:
-            if error.param != "thinking_token_budget":
-                raise
-        chat.thinking_token_budget = None
+        for _ in _WISHES:
+            try:
+                return await chat_turn(context, chat, clips_output=True)
+            except RequestError as error:
+                if error.param not in _WISHES or getattr(chat, error.param) is None:
+                    raise
+                setattr(chat, error.param, None)
         return await chat_turn(context, chat, clips_output=True)
 
 
