@@ -35,6 +35,7 @@ LENGTHS = (16, 116)
 TOKENS_PER_SECOND = 2000
 """Pace of the stand-in, below what the API process can send: then each token has an event of its own."""
 LONG_PROMPT_TOKENS = 44_000
+_LONG_REQUESTS = 5
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True},
     "/v1/completions": {"prompt": "Hello", "ignore_eos": True},
@@ -56,9 +57,9 @@ class Server:
     port: int
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process that speaks HTTP, without its children."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time of the process that speaks HTTP, without its children: nanoseconds of each thread that lives."""
+        threads = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,24 +167,26 @@ def measure(server: Server, path: str, count: int) -> Cost:
 
 
 def measure_long_prompt(server: Server, folder: Path, repeats: int) -> tuple[float, float]:
-    """Median CPU seconds for a prompt of `LONG_PROMPT_TOKENS`: of a request, and of tokenising alone."""
+    """Median CPU seconds that a prompt of `LONG_PROMPT_TOKENS` adds to a request, and those of tokenising alone."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     per_text = len(tokenizer.encode(TEXT, add_special_tokens=False).ids)
     text = TEXT * (LONG_PROMPT_TOKENS // per_text)
-    whole, alone = list[float](), list[float]()
+    added, alone = list[float](), list[float]()
     for number in range(repeats):
-        prompt = f"{number} {text}"
-        before = server.cpu_seconds()
-        for _ in range(10):  # the clock of /proc has ticks of 10 ms
-            asyncio.run(request(server.port, "/v1/completions", {"prompt": prompt, "max_tokens": 1}))
-        whole.append((server.cpu_seconds() - before) / 10)
+        prompt, seconds = f"{number} {text}", list[float]()
+        for sent in (prompt, "Hello"):
+            before = server.cpu_seconds()
+            for _ in range(_LONG_REQUESTS):
+                asyncio.run(request(server.port, "/v1/completions", {"prompt": sent, "max_tokens": 1}))
+            seconds.append((server.cpu_seconds() - before) / _LONG_REQUESTS)
+        added.append(seconds[0] - seconds[1])
         before = time.thread_time()
-        for _ in range(10):
-            tokenizer.encode_batch_fast([prompt])
-        alone.append((time.thread_time() - before) / 10)
-    return statistics.median(whole), statistics.median(alone)
+        for _ in range(_LONG_REQUESTS):
+            _ = tokenizer.encode_batch_fast([prompt])[0].ids
+        alone.append((time.thread_time() - before) / _LONG_REQUESTS)
+    return statistics.median(added), statistics.median(alone)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -202,9 +205,9 @@ def long_context_model() -> Iterator[Path]:
         yield folder
 
 
-def print_rows(servers: list[Server], count: int, repeats: int) -> None:
+def print_rows(servers: list[Server], paths: list[str], count: int, repeats: int) -> None:
     """Measure all servers in turns, and print one row for each endpoint."""
-    for path in BODIES:
+    for path in paths:
         costs: dict[str, list[Cost]] = {server.name: [] for server in servers}
         for _ in range(repeats):
             for server in servers:
@@ -226,24 +229,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="100,1000")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--endpoints", default=",".join(BODIES))
     parser.add_argument("--peers", type=Path, help="folder of peers; without it vLLM is left out")
     parser.add_argument("--real", action="store_true", help="Quire with its real engine too")
     given = parser.parse_args()
+    paths = given.endpoints.split(",")
     print("| endpoint | server | streams | µs a token | ms a request | events a token |\n|---|---|---|---|---|---|")
     for count in (int(text) for text in given.streams.split(",")):
         with quire_server("quire, stand-in", BUNDLED, count, stand_in=True) as stand_in:
-            print_rows([stand_in], count, given.repeats)
+            print_rows([stand_in], paths, count, given.repeats)
         if given.real or given.peers:
             with quire_server("quire", BUNDLED, count, stand_in=False) as real:
                 if given.peers is None:
-                    print_rows([real], count, given.repeats)
+                    print_rows([real], paths, count, given.repeats)
                 else:
                     with vllm_server("vllm", given.peers.absolute(), BUNDLED, count, 18_000 + count) as peer:
-                        print_rows([real, peer], count, given.repeats)
+                        print_rows([real, peer], paths, count, given.repeats)
     with long_context_model() as folder, quire_server("quire, stand-in", folder, 8, stand_in=True) as server:
-        whole, alone = measure_long_prompt(server, folder, given.repeats)
-        rest = f"{(whole - alone) * 1e3:.1f} ms beyond tokenising"
-        print(f"prompt of {LONG_PROMPT_TOKENS} tokens: {whole * 1e3:.1f} ms, tokenising {alone * 1e3:.1f} ms: {rest}")
+        added, alone = measure_long_prompt(server, folder, given.repeats)
+        rest = f"{(added - alone) * 1e3:.1f} ms beyond tokenising"
+        print(f"prompt of {LONG_PROMPT_TOKENS} tokens: {added * 1e3:.1f} ms, tokenising {alone * 1e3:.1f} ms: {rest}")
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 
