@@ -140,7 +140,7 @@ def test_nearest_fields() -> None:
         ("repeat_penalty", "repetition_penalty"),
         ("grammar", "structured_outputs"),
         ("response_format.jsonschema", "response_format.json_schema"),
-        ("stream_options.usage", "stream_options.include_usage"),
+        ("stream_options.include_use", "stream_options.include_usage"),
         ("stream_options.zzz", None),
         ("no.such.path", None),
         ("a[0].b", None),
