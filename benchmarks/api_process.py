@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,9 @@ from typing import IO, Any
 import quire
 from benchmarks.peers.__main__ import vllm_environment
 from benchmarks.stand_in_engine import PROGRAM, STEP_VARIABLE, TEXT
+from benchmarks.timed_tokenizer import VARIABLE
+from quire.config import EngineConfig
+from quire.engine.tokenizer import load_tokenizer
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
 MODEL = "m"
@@ -43,6 +45,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}]},
 }
 _STAND_IN = (
+    "from benchmarks.timed_tokenizer import install; install(); "
     f"from quire.engine import engine_child; engine_child.PROGRAM = {PROGRAM!r}; import sys; "
     "from quire.cli.commands import run; sys.exit(run(sys.argv[1:]))"
 )
@@ -166,27 +169,24 @@ def measure(server: Server, path: str, count: int) -> Cost:
     return Cost(token, few / count - short * token, (events - few_events) / (count * (long - short)))
 
 
-def measure_long_prompt(server: Server, folder: Path, repeats: int) -> tuple[float, float]:
-    """Median CPU seconds that a prompt of `LONG_PROMPT_TOKENS` adds to a request, and those of tokenising alone."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    per_text = len(tokenizer.encode(TEXT, add_special_tokens=False).ids)
-    text = TEXT * (LONG_PROMPT_TOKENS // per_text)
-    added, alone = list[float](), list[float]()
+def measure_long_prompt(server: Server, timed: Path, text: str, repeats: int) -> tuple[float, float]:
+    """Median CPU seconds that the prompt `text` adds to a request, and those of tokenising among them, which the server
+    keeps in the file `timed`."""
+    added, tokenising = list[float](), list[float]()
     for number in range(repeats):
-        prompt, seconds = f"{number} {text}", list[float]()
-        for sent in (prompt, "Hello"):
-            before = server.cpu_seconds()
-            for _ in range(_LONG_REQUESTS):
-                asyncio.run(request(server.port, "/v1/completions", {"prompt": sent, "max_tokens": 1}))
-            seconds.append((server.cpu_seconds() - before) / _LONG_REQUESTS)
-        added.append(seconds[0] - seconds[1])
-        before = time.thread_time()
-        for _ in range(_LONG_REQUESTS):
-            _ = tokenizer.encode_batch_fast([prompt])[0].ids
-        alone.append((time.thread_time() - before) / _LONG_REQUESTS)
-    return statistics.median(added), statistics.median(alone)
+        before = float(timed.read_text()) if timed.exists() else 0.0
+        long, short = (_prompt_seconds(server, prompt) for prompt in (f"{number} {text}", "Hello"))
+        added.append(long - short)
+        tokenising.append((float(timed.read_text()) - before) / _LONG_REQUESTS)
+    return statistics.median(added), statistics.median(tokenising)
+
+
+def _prompt_seconds(server: Server, prompt: str) -> float:
+    """CPU seconds of a request with this prompt."""
+    before = server.cpu_seconds()
+    for _ in range(_LONG_REQUESTS):
+        asyncio.run(request(server.port, "/v1/completions", {"prompt": prompt, "max_tokens": 1}))
+    return (server.cpu_seconds() - before) / _LONG_REQUESTS
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -225,6 +225,22 @@ def print_rows(servers: list[Server], paths: list[str], count: int, repeats: int
                 print(f"| {path} | {name} | {count} | {row} |", flush=True)
 
 
+def print_long_prompt(repeats: int) -> None:
+    """What a prompt of `LONG_PROMPT_TOKENS` adds to a request."""
+    with long_context_model() as folder:
+        tokenizer = load_tokenizer(EngineConfig(model=str(folder)), folder)
+        assert tokenizer is not None
+        text = TEXT * (LONG_PROMPT_TOKENS // len(tokenizer.encode(TEXT, add_special_tokens=False)))
+        timed = folder / "tokenising"
+        os.environ[VARIABLE] = str(timed)
+        with quire_server("quire, stand-in", folder, 8, stand_in=True) as server:
+            added, tokenising = (seconds * 1e3 for seconds in measure_long_prompt(server, timed, text, repeats))
+        print(
+            f"a prompt of {LONG_PROMPT_TOKENS} tokens adds {added:.1f} ms to a request: tokenising {tokenising:.1f}, "
+            f"the rest {added - tokenising:.1f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="100,1000")
@@ -245,10 +261,7 @@ def main() -> None:
                 else:
                     with vllm_server("vllm", given.peers.absolute(), BUNDLED, count, 18_000 + count) as peer:
                         print_rows([real, peer], paths, count, given.repeats)
-    with long_context_model() as folder, quire_server("quire, stand-in", folder, 8, stand_in=True) as server:
-        added, alone = measure_long_prompt(server, folder, given.repeats)
-        rest = f"{(added - alone) * 1e3:.1f} ms beyond tokenising"
-        print(f"prompt of {LONG_PROMPT_TOKENS} tokens: {added * 1e3:.1f} ms, tokenising {alone * 1e3:.1f} ms: {rest}")
+    print_long_prompt(given.repeats)
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 
