@@ -346,11 +346,13 @@ class ModelSpec:
         return sum(layer.attention.operations_per_pair for layer in self.layers)
 
     def layer_bytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Memory of the layers' matrices, every expert's included."""
+        """Memory of the layers' matrices, every expert's included, with what a quantisation may add to some."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
         matrices = (matrix for layer in self.layers for matrix in layer.matrices)
         total = sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
-        return total if self.kept is None or quantization else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
+        if quantization is not None:
+            return total + METHODS[quantization].extra_bytes(0 if self.expert_layers else self.layer_parameters)
+        return total if self.kept is None else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
@@ -362,9 +364,8 @@ class ModelSpec:
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of what is packed: the layers' matrices, the head, projections and an encoder."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
-        projections = sum(
-            matrix.weight_bytes(dtype, weight_format) for matrix in (*self.projections, *self.image_encoder)
-        )
+        others = (*self.projections, *self.image_encoder)
+        projections = sum(matrix.weight_bytes(dtype, weight_format) for matrix in others)
         return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization) + projections
 
     def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:
