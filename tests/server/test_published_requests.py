@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from quire.engine.chat_template import ChatTemplate
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
-from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokenizer
+from tests.server.scripted_engine import ANSWER, LocalTemplate, ScriptedEngine, bundled_tokenizer
 
 CHAT, RESPONSES, MESSAGES, OLLAMA = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat"
 USER = {"role": "user", "content": "Who?"}
@@ -183,12 +184,38 @@ def test_hosted_calls_are_named_in_a_warning(server: RunningServer) -> None:
     assert "server_tool_use run on Anthropic's servers" in send(server, MESSAGES, said(use))[2]
 
 
+@pytest.mark.parametrize(
+    "kind", ["web_search_\r\nset-cookie: a=b", "web_search_\n", "web_search_é\x00", "web_search_" * 999]
+)
+def test_words_of_a_client_in_a_warning_begin_no_header(server: RunningServer, kind: str) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (MESSAGES, {"tools": [{"type": kind, "name": "w"}]}),
+        (MESSAGES, said({"type": f"{kind}_tool_result", "tool_use_id": "s"})),
+        (RESPONSES, {"tools": [{"type": kind}]}),
+        (RESPONSES, items({"type": kind})),
+    ]
+    for path, fields in asked:
+        response, reply = server.send("POST", path, {**DEFAULTS[path], **fields})
+        assert response.status == 200, reply
+        assert response.headers["set-cookie"] is None
+        assert response.headers["x-quire-warning"].startswith("web_search_")
+        assert len(response.headers["x-quire-warning"]) <= 400
+
+
 def test_an_assistants_text_at_the_end_is_continued(server: RunningServer, engine: ScriptedEngine) -> None:
     for content in ("Birnam", [{"type": "text", "text": "Birnam"}]):
         assert send(server, MESSAGES, {"messages": [USER, {"role": "assistant", "content": content}]})[0] == 200
         assert bundled_tokenizer().decode(engine.calls[-1].prompt, skip_special_tokens=False).endswith("Birnam")
     assert send(server, MESSAGES, {"messages": [USER, USE]})[0] == 200
     assert not bundled_tokenizer().decode(engine.calls[-1].prompt, skip_special_tokens=False).endswith("f")
+
+
+def test_a_template_that_cannot_continue_a_text_begins_a_turn() -> None:
+    hides = ChatTemplate({"default": "{% for m in messages %}{{ m.content | length }}{% endfor %} ROMEO:"}, {})
+    with RunningServer(ScriptedEngine(chat_template=LocalTemplate(hides))) as server:
+        fields = {"messages": [USER, {"role": "assistant", "content": "Birnam"}]}
+        assert send(server, MESSAGES, fields)[0] == 200
+        assert server.send("POST", f"{MESSAGES}/count_tokens", fields)[0].status == 200
 
 
 def test_items_of_a_response_may_be_referred_to(server: RunningServer, engine: ScriptedEngine) -> None:

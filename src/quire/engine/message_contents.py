@@ -146,8 +146,8 @@ def _thoughts_apart(parts: list[Any], index: int) -> tuple[str, list[Any]]:
 
 def _text_of_part(part: object, index: int) -> str:
     match part:
-        case {"type": str(kind)} if (name := _TEXTS.get(kind)) is not None:
-            if isinstance(text := part.get(name), str):
+        case {"type": str(kind), **fields} if (name := _TEXTS.get(kind)) is not None:
+            if isinstance(text := fields.get(name), str):
                 return text
             raise RequestError(
                 f"messages[{index}].content has a part of type {kind!r} without a {name}", param="messages"

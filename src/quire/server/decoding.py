@@ -71,7 +71,7 @@ def _refusal(error: str, kind: inspect.Type) -> Refusal:
     return Refusal(400, f"{name or 'the body'}: {reason}", code="invalid_type", param=name or None)
 
 
-def _values_at(path: str, kind: inspect.Type) -> tuple[str | int, ...]:
+def _values_at(path: str, kind: inspect.Type) -> tuple[object, ...]:
     """The values that the field at `path` takes, if these are few."""
     members = _members(_at(path, kind))
     return next((member.values for member in members if isinstance(member, inspect.LiteralType)), ())

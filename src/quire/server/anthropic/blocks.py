@@ -180,8 +180,8 @@ def _text(block: object, place: str) -> str:
             return text
         case {"type": "document", "source": {"type": "content", "content": str() | list() as content}}:
             return _texts(content, f"{place}.source.content")
-        case {"type": "search_result", "content": list(content)}:
-            heads = [head for name in ("title", "source") if isinstance(head := block.get(name), str)]
+        case {"type": "search_result", "content": list(content), **fields}:
+            heads = [head for name in ("title", "source") if isinstance(head := fields.get(name), str)]
             return "\n".join([*heads, _texts(content, f"{place}.content")])
         case {"type": "document"}:
             raise RequestError(f"{place} is a document whose source is no text; only texts are supported", param=param)
