@@ -41,8 +41,14 @@ class Tier:
         *,
         state_bytes: int = 0,
         changes: Callable[[], Iterable[tuple[bytes, int]]] = tuple,
+        eager: bool = False,
+        fetches: bool = False,
     ) -> None:
         """`changes`: what other engines stored (hash, bytes) or removed (hash, 0) since the last call."""
+        self.eager = eager
+        """Blocks are stored as soon as they are full, for engines that fetch them."""
+        self.fetches = fetches
+        """A block that is not stored may come from another engine."""
         self.block_bytes = block_bytes
         """Space that one more block takes."""
         self.state_bytes = state_bytes

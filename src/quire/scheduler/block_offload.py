@@ -23,6 +23,9 @@ from quire.scheduler.sequence import Sequence
 from quire.scheduler.stored_prefix import DEVICE, Loading, StoredPrefix
 from quire.step import OffloadPlan, OffloadResult
 
+MAX_EXPECTED = 1 << 16
+"""Most blocks that are remembered as computed by another engine."""
+
 
 class BlockOffload:
     """Owned by the scheduler. The pool reports evicted and idle blocks to it."""
@@ -44,6 +47,8 @@ class BlockOffload:
         """Unfinished reads, and the sequence that waits for each."""
         self._finished_reads: dict[BlockHash, Sequence | None] = {}
         """Reads that finished since the last plan."""
+        self._expected: dict[BlockHash, None] = {}
+        """Blocks that another engine has been asked to compute, oldest first. They are read as those of the disk."""
         self._host, self._disk = index.tiers.get(HOST), index.tiers.get(DISK)
         self._max_staged = 0 if self._disk is None else num_staged_blocks(self._disk.block_bytes)
         """Blocks that may be on their way from disk. A larger state comes alone."""
@@ -99,9 +104,23 @@ class BlockOffload:
 
         return StoredPrefix(first, longest_prefix(pool, most_blocks, source), [])
 
+    def expect(self, sequence: Sequence) -> None:
+        """Another engine has computed a sequence's prompt: blocks that no tier has can be fetched from there."""
+        if self._disk is None or not self._disk.fetches:
+            return
+        num_blocks = (len(sequence.token_ids) - 1) // self._pool.block_size
+        for index in range(num_blocks):
+            block_hash = sequence.table.block_hash(index, sequence.token_ids)
+            for group in range(self._pool.num_groups):
+                self._expected[group_hash(block_hash, group)] = None
+            if self._has_states and index == num_blocks - 1:
+                self._expected[state_hash(block_hash)] = None
+        for block_hash in list(self._expected)[: max(0, len(self._expected) - MAX_EXPECTED)]:
+            del self._expected[block_hash]
+
     def is_stored(self, block_hash: BlockHash) -> bool:
         """Whether a tier holds a block or a state."""
-        return self._index.find(block_hash) is not None
+        return self._index.find(block_hash) is not None or block_hash in self._expected
 
     def find_state(self, name: BlockHash) -> Stored | None:
         """Where a tier holds the state after the block of this hash, unless it is on its way up already."""
@@ -118,7 +137,7 @@ class BlockOffload:
         return self._index.num_worth_loading([tier_names], num_tokens, self._num_queued) == 1
 
     def _stored(self, block_hash: BlockHash) -> Stored | None:
-        tier_name = self._index.find(block_hash)
+        tier_name = self._index.find(block_hash) or (DISK if block_hash in self._expected else None)
         return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
 
     def _room_beside(self, found: GroupBlocks) -> int:
@@ -151,7 +170,8 @@ class BlockOffload:
         state = () if stored.state is None else (stored.state,)
         for tier_name, block_hash in reversed([*stored.stored, *state]):
             # Here too, the beginnings of prompts should survive longest. Blocks that are taken must not evict these.
-            self._index.tiers[tier_name].touch(block_hash)
+            if block_hash in self._index.tiers[tier_name]:
+                self._index.tiers[tier_name].touch(block_hash)
             self._in_flight.add(block_hash)
             self._storing.pinned.add(block_hash)
         loaded = sequence.table.adopt_stored(stored.sources, stored.first)
@@ -300,6 +320,8 @@ class BlockOffload:
         if disk is None:
             return
         self._storing.update(disk, result)
+        for block_hash in (*(each for each, _ in result.read), *(each for each, _ in result.failed_reads)):
+            self._expected.pop(block_hash, None)
         for block_hash, seconds in result.read:
             self._finished_reads[block_hash] = self._reads.pop(block_hash)
             self._index.measure_load(DISK, disk.num_blocks(block_hash), seconds)

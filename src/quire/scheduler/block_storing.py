@@ -2,7 +2,8 @@
 
 An evicted block is stored before its space is written: in host memory if there is a host tier, and on disk unless the
 disk has it. A block that nobody holds any more also goes to disk as soon as there is time (write-behind), so that a
-later process finds it even if this one never ran out of space. The number of blocks on their way is bounded; a block
+later process finds it even if this one never ran out of space; an `eager` tier gets every block as soon as it is full.
+The number of blocks on their way is bounded; a block
 evicted beyond that is lost and counted. The beginnings of prompts are stored first.
 
 A recurrent state is stored alike if it follows a full block; its index is its slot after the pool's blocks.
@@ -51,6 +52,8 @@ class BlockStoring:
             states.eviction_listeners.append(self._store_evicted_state)
         if self._disk is not None:
             pool.idle_listeners.append(self._note_idle)
+            if self._disk.eager:
+                pool.stored_listeners.append(lambda block, block_hash, *_: self._note_idle(block, block_hash))
             if states is not None:
                 states.kept_listeners.append(self._note_idle_state)
             # The disk tier may be smaller than it was for the process that stored its blocks.
