@@ -299,8 +299,7 @@ class ModelSpec:
     @property
     def num_vector_parameters(self) -> int:
         """Parameters of norms and biases."""
-        of_layers = (vector for layer in self.layers for vector in layer.vectors)
-        return sum(vector.size for vector in (*self.vectors, *of_layers))
+        return sum(vector.size for part in (self, *self.layers) for vector in part.vectors)
 
     @property
     def num_parameters(self) -> int:

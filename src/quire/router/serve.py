@@ -35,7 +35,9 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
         _check_public(settings, backends)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.serve(sockets=[listener]))
-            watching = [tasks.create_task(work) for work in (backends.watch(), *(feed.run() for feed in feeds))]
+            prefill = app.proxy.prefill
+            works = [backends.watch(), *(feed.run() for feed in feeds)]
+            watching = [tasks.create_task(work) for work in (*works, *([] if prefill is None else [prefill.watch()]))]
             await server.listening.wait()
             report(f"listening on {url_of(listener)}")
             report(f"ready: {len(fleet.replicas)} of {len(backends.by_url)} servers, policy {settings.policy}")
@@ -49,6 +51,8 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
                 server.stop()
     finally:
         await backends.client.aclose()
+        if app.proxy.prefill is not None:
+            await app.proxy.prefill.backends.client.aclose()
 
 
 def http_settings(settings: RouterSettings) -> ServerSettings:
