@@ -26,9 +26,12 @@ _COLUMNS = (
     ("refused", "refused"),
     ("prefix_hit_pct", "hit %"),
     ("of_oracle_pct", "of oracle %"),
+    ("of_equal_oracle_pct", "of oracle of equal capacity %"),
     ("ttft_p50", "TTFT p50 s"),
     ("ttft_p99", "TTFT p99 s"),
     ("most_work_to_mean", "most/mean work"),
+    ("moved", "moved"),
+    ("lost", "lost"),
 )
 
 
@@ -44,6 +47,8 @@ def main() -> None:
     parser.add_argument("--device", default="H100")
     parser.add_argument("--event-delay", type=float, default=0.1)
     parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--deaths", action="append", default=[], help="SECONDS:REPLICA")
+    parser.add_argument("--rolling-update", type=float)
     parser.add_argument("--decisions", action="store_true")
     options = parser.parse_args()
     if options.decisions:
@@ -67,7 +72,13 @@ def compare(options: argparse.Namespace) -> None:
     model, device = find_model_shape(options.model), find_device(options.device)
     print(" | ".join(["policy", *(title for _, title in _COLUMNS)]))
     for policy in options.policies.split(","):
-        cluster = ClusterSettings(cluster=options.replicas, routing=policy, event_delay=options.event_delay)
+        cluster = ClusterSettings(
+            cluster=options.replicas,
+            routing=policy,
+            event_delay=options.event_delay,
+            deaths=tuple(options.deaths),
+            rolling_update=options.rolling_update,
+        )
         figures = run_cluster(trace, model, device, settings, cluster)
         print(" | ".join([policy, *(f"{figures[name]:.2f}" for name, _ in _COLUMNS)]), flush=True)
 

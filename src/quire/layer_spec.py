@@ -262,7 +262,7 @@ class ModelSpec:
 
     @property
     def vocab_size(self) -> int:
-        return self.embedding.num_outputs if self.head is None else self.head.num_outputs
+        return (self.head or self.embedding).num_outputs
 
     @property
     def num_head_parameters(self) -> int:
@@ -272,8 +272,7 @@ class ModelSpec:
     @property
     def tables(self) -> tuple[LinearSpec, ...]:
         """Tables that only give rows; no quantisation touches them."""
-        tokens = () if self.tied else (self.embedding,)
-        return tokens if self.positions is None else (*tokens, self.positions)
+        return tuple(each for each in (None if self.tied else self.embedding, self.positions) if each is not None)
 
     @property
     def expert_layers(self) -> tuple[tuple[ExpertsSpec, int], ...]:
@@ -350,11 +349,13 @@ class ModelSpec:
         return sum(layer.attention.operations_per_pair for layer in self.layers)
 
     def layer_bytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Memory of the layers' matrices, every expert's included."""
+        """Memory of the layers' matrices, every expert's included, with what a quantisation may add to some."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
         matrices = (matrix for layer in self.layers for matrix in layer.matrices)
         total = sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
-        return total if self.kept is None or quantization else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
+        if quantization is not None:
+            return total + METHODS[quantization].extra_bytes(0 if self.expert_layers else self.layer_parameters)
+        return total if self.kept is None else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
@@ -366,9 +367,8 @@ class ModelSpec:
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of what is packed: the layers' matrices, the head, projections and an encoder."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
-        projections = sum(
-            matrix.weight_bytes(dtype, weight_format) for matrix in (*self.projections, *self.image_encoder)
-        )
+        others = (*self.projections, *self.image_encoder)
+        projections = sum(matrix.weight_bytes(dtype, weight_format) for matrix in others)
         return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization) + projections
 
     def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:

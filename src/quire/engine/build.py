@@ -13,6 +13,7 @@ from typing import Protocol
 from quire.config import EngineConfig
 from quire.engine.adapters import WaitingForAdapter
 from quire.engine.build_rank import (
+    Phase,
     Target,
     kernel_name,
     load_weights,
@@ -49,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 RANK_PROGRAM = "quire.engine.rank_process"
 """The module that the other ranks run."""
-
-Phase = Callable[[str, float], None]
-"""Called after each phase of start-up with its name and its seconds."""
 
 
 class OtherRanks(Protocol):
@@ -127,7 +125,7 @@ def _build_core(
     name = kernel_name(config, plan, target.kernels)
     on_phase(f"kernels ({name}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
     preloader = preloader or preload(config, model_config, plan, folder)
-    model, from_cache = load_weights(target, preloader)
+    model, from_cache = load_weights(target, preloader, on_phase)
     on_phase("weights from the cache" if from_cache else "weights", time.perf_counter() - started)
     started = time.perf_counter()
     kv_cache = make_kv_cache(target)

@@ -35,6 +35,7 @@ from quire.model_config import ModelConfig
 from quire.model_config.divided import kv_copies
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
+from quire.models.more_bits import MoreBits
 from quire.models.packed_weights import PackedWeights
 from quire.models.random_weights import RandomWeights
 from quire.models.registry import Model, load_model
@@ -45,6 +46,14 @@ from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner, RunnerSettings
 
 logger = logging.getLogger(__name__)
+
+Phase = Callable[[str, float], None]
+"""Called after each phase of start-up with its name and its seconds."""
+
+
+def _unreported(phase: str, seconds: float) -> None:
+    """A follower reports no phases."""
+
 
 _KV_TYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 """KV types that have another name in torch."""
@@ -171,14 +180,14 @@ def kernel_name(config: EngineConfig, plan: MemoryPlan, kernels: Kernels) -> str
     return name
 
 
-def load_weights(target: Target, preloader: Preloader) -> tuple[Model, bool]:
+def load_weights(target: Target, preloader: Preloader, on_phase: Phase = _unreported) -> tuple[Model, bool]:
     """The model, and whether its weights came packed from the cache; else they are now being stored there."""
     preloader.finish()
     source = _open(target)
     packed = None
     if preloader.memory is not None:
         packed = PackedWeights(preloader.memory, preloader.stored, source.release)
-    model = _load_model(target, source, packed)
+    model = _load_model(target, source, packed, on_phase)
     if target.plan.kv_cache_dtype == "fp8_e4m3":
         model.scale_kv()
     # Blocks of a GGUF file are not packed at all.
@@ -188,9 +197,14 @@ def load_weights(target: Target, preloader: Preloader) -> tuple[Model, bool]:
     return model, from_cache
 
 
-def _load_model(target: Target, source: TensorSource, packing: Packing | None) -> Model:
-    plan = target.plan
+def _load_model(target: Target, source: TensorSource, packing: Packing | None, on_phase: Phase) -> Model:
+    plan, started = target.plan, time.perf_counter()
     stored_as = plan.quantization or plan.dtype
+    if plan.quantization is not None and target.model_config.packed_as is None:
+        more = MoreBits.choose(target.model_config, _open(target), plan.quantization, target.shards)
+        if more.num_measured:
+            on_phase(more.describe(), time.perf_counter() - started)
+        packing = more.around(packing or target.kernels)
     return load_model(
         target.model_config,
         source,

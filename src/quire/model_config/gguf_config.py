@@ -171,11 +171,11 @@ def _norm_eps(file: GgufFile, prefix: str) -> float:
     return file.number(next((key for key in keys if key in file.metadata), keys[0]), 1e-5)
 
 
-def _query_scalar(file: GgufFile, sizes: dict[str, Any]) -> float:
+def _query_scalar(file: GgufFile, sizes: dict[str, Any]) -> int:
     """Gemma's largest models scale by the width of a head that would divide the model."""
     if sizes["num_hidden_layers"] == _NUM_LAYERS_OF_GEMMA_27B.get(file.architecture):
-        return float(sizes["hidden_size"] // sizes["num_attention_heads"])
-    return float(sizes["head_dim"])
+        return int(sizes["hidden_size"]) // int(sizes["num_attention_heads"])
+    return int(sizes["head_dim"])
 
 
 def _rope(file: GgufFile, family: Family, prefix: str, sizes: dict[str, Any]) -> dict[str, Any]:

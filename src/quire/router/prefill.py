@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import httpx
 
-from quire.router.backends import BackendGoneError, Backends
+from quire.router.backend import BackendGoneError
+from quire.router.backends import Backends
 from quire.router.requests import GENERATING, RoutedRequest
 from quire.router.settings import RouterSettings
 from quire.routing.fleet import Fleet
@@ -25,7 +26,7 @@ class Prefill:
     """Owned by the proxy."""
 
     def __init__(self, settings: RouterSettings) -> None:
-        own = replace(settings, backends=settings.prefill, decode=(), prefill=(), kv_events=())
+        own = replace(settings, backends=settings.prefill, backends_file=None, decode=(), prefill=(), kv_events=())
         self.fleet = Fleet(
             POLICIES[settings.policy](), max_blocks=settings.max_blocks, max_requests=settings.max_backend_requests
         )
