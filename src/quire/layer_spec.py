@@ -298,7 +298,7 @@ class ModelSpec:
     @property
     def num_vector_parameters(self) -> int:
         """Parameters of norms and biases."""
-        return sum(vector.size for part in (self, *self.layers) for vector in part.vectors)
+        return sum(each.size for part in (self.vectors, *(layer.vectors for layer in self.layers)) for each in part)
 
     @property
     def num_parameters(self) -> int:

@@ -42,6 +42,8 @@ class BlockServer:
         self._free = threading.Semaphore(MAX_CONNECTIONS)
         self._open: set[socket.socket] = set()
         self._closed = False
+        self._said: tuple[str, str] | None = None
+        """What the log said last, so that nobody can fill it."""
         host, port = address
         try:
             self._listener = socket.create_server(address, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -82,7 +84,9 @@ class BlockServer:
             try:
                 link.accept()
             except PeerError as error:
-                logger.warning("KV transfer: an engine at %s gets no blocks: %s", host, error)
+                if self._said != (host, str(error)):
+                    self._said = host, str(error)
+                    logger.warning("KV transfer: an engine at %s gets no blocks: %s", host, error)
                 return
             link.deadline = None
             while True:

@@ -23,9 +23,6 @@ from quire.scheduler.sequence import Sequence
 from quire.scheduler.stored_prefix import DEVICE, Loading, StoredPrefix
 from quire.step import OffloadPlan, OffloadResult
 
-MAX_EXPECTED = 1 << 16
-"""Most blocks that are remembered as computed by another engine."""
-
 
 class BlockOffload:
     """Owned by the scheduler. The pool reports evicted and idle blocks to it."""
@@ -47,8 +44,6 @@ class BlockOffload:
         """Unfinished reads, and the sequence that waits for each."""
         self._finished_reads: dict[BlockHash, Sequence | None] = {}
         """Reads that finished since the last plan."""
-        self._expected: dict[BlockHash, None] = {}
-        """Blocks that another engine has been asked to compute, oldest first. They are read as those of the disk."""
         self._host, self._disk = index.tiers.get(HOST), index.tiers.get(DISK)
         self._max_staged = 0 if self._disk is None else num_staged_blocks(self._disk.block_bytes)
         """Blocks that may be on their way from disk. A larger state comes alone."""
@@ -112,15 +107,13 @@ class BlockOffload:
         for index in range(num_blocks):
             block_hash = sequence.table.block_hash(index, sequence.token_ids)
             for group in range(self._pool.num_groups):
-                self._expected[group_hash(block_hash, group)] = None
+                self._disk.expect(group_hash(block_hash, group))
             if self._has_states and index == num_blocks - 1:
-                self._expected[state_hash(block_hash)] = None
-        for block_hash in list(self._expected)[: max(0, len(self._expected) - MAX_EXPECTED)]:
-            del self._expected[block_hash]
+                self._disk.expect(state_hash(block_hash), is_state=True)
 
     def is_stored(self, block_hash: BlockHash) -> bool:
         """Whether a tier holds a block or a state."""
-        return self._index.find(block_hash) is not None or block_hash in self._expected
+        return self._index.find(block_hash) is not None or self._is_expected(block_hash)
 
     def find_state(self, name: BlockHash) -> Stored | None:
         """Where a tier holds the state after the block of this hash, unless it is on its way up already."""
@@ -137,8 +130,12 @@ class BlockOffload:
         return self._index.num_worth_loading([tier_names], num_tokens, self._num_queued) == 1
 
     def _stored(self, block_hash: BlockHash) -> Stored | None:
-        tier_name = self._index.find(block_hash) or (DISK if block_hash in self._expected else None)
+        tier_name = self._index.find(block_hash) or (DISK if self._is_expected(block_hash) else None)
         return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
+
+    def _is_expected(self, block_hash: BlockHash) -> bool:
+        """Whether another engine may have a block or a state, which is then read as if it were on the disk."""
+        return self._disk is not None and self._disk.expects(block_hash)
 
     def _room_beside(self, found: GroupBlocks) -> int:
         """The most logical blocks for which the pool has room, beside those in `found` that are free now."""
@@ -214,6 +211,8 @@ class BlockOffload:
         for block_hash, sequence in self._finished_reads.items():
             if sequence is None:
                 self._storing.plan.cancelled.append(block_hash)
+                if self._disk is not None:
+                    self._disk.forget(block_hash)
             else:
                 loading = self.waiting[sequence]
                 self._load(sequence, loading, DISK, block_hash, loading.blocks[block_hash][2])
@@ -244,6 +243,7 @@ class BlockOffload:
         stats = self._index.tiers[tier_name].stats
         stats.total_loaded += 1
         stats.total_loaded_bytes += self._index.tiers[tier_name].size(block_hash)
+        self._index.tiers[tier_name].forget(block_hash)
         if not loading.unplanned:
             del self.waiting[sequence]
             self._loaded[sequence] = loading
@@ -320,13 +320,12 @@ class BlockOffload:
         if disk is None:
             return
         self._storing.update(disk, result)
-        for block_hash in (*(each for each, _ in result.read), *(each for each, _ in result.failed_reads)):
-            self._expected.pop(block_hash, None)
         for block_hash, seconds in result.read:
             self._finished_reads[block_hash] = self._reads.pop(block_hash)
             self._index.measure_load(DISK, disk.num_blocks(block_hash), seconds)
         for block_hash, reason in result.failed_reads:
             disk.remove(block_hash)
+            disk.forget(block_hash)
             disk.stats.total_corrupt += reason == "corrupt"
             sequence_or_none = self._reads.pop(block_hash)
             if sequence_or_none is not None and self._has_states:

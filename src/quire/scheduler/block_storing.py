@@ -38,7 +38,7 @@ class BlockStoring:
         self._states = states
         self._is_read = is_read
         self._idle: dict[BlockHash, int] = {}
-        """Blocks to write behind; the last one is written first."""
+        """Blocks to write behind; the last one is written first, or in an `eager` tier the first one."""
         self._storing: dict[BlockHash, int] = {}
         """Blocks on their way to disk, and the space they take there."""
         self._unwanted: set[BlockHash] = set()
@@ -144,9 +144,13 @@ class BlockStoring:
         self._storing[block_hash] = self._space(disk, block)
 
     def _write_behind(self, disk: Tier) -> None:
-        quota = min(self._max_staged - len(self._storing), max(1, self._max_staged // WRITE_BEHIND_SHARE))
+        quota = self._max_staged - len(self._storing)
+        if not disk.eager:
+            quota = min(quota, max(1, self._max_staged // WRITE_BEHIND_SHARE))
         while self._idle and quota > 0:
-            block_hash, block = self._idle.popitem()
+            # Another engine asks for the beginning of a prompt first, which filled first.
+            block_hash = next(iter(self._idle)) if disk.eager else next(reversed(self._idle))
+            block = self._idle.pop(block_hash)
             if self._storing and sum(self._storing.values()) + self._space(disk, block) > self._max_bytes:
                 self._idle[block_hash] = block  # a state that waits for the blocks before it
                 return
