@@ -155,8 +155,8 @@ class Builder:
             bias = self.weights.take(f"{head_name}.bias", (num_outputs,)) if has_bias else None
             if bias is not None and self.weights.shards is not None:
                 bias = bias[self.weights.shards.vocabulary]
-            head = self._head(LinearWeight(table, bias), head_name)
-            return self._adapted(TiedEmbedding(head)), head
+            tied = self._head(LinearWeight(table, bias), head_name)
+            return self._adapted(TiedEmbedding(tied)), tied
         embedding: TokenEmbedding | None = None
         head: Linear | None = None
         if self.is_first_stage:

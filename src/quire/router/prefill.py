@@ -63,7 +63,7 @@ class Prefill:
                 finally:
                     await response.aclose()
         except (httpx.TransportError, BackendGoneError, TimeoutError) as error:
-            logger.warning("%s did not compute a prompt: %s", backend.url, error or type(error).__name__)
+            logger.warning("%s did not compute a prompt: %s", backend.url, str(error) or type(error).__name__)
             if isinstance(error, httpx.ConnectError):
                 self.backends.lose(backend, "it does not answer (ConnectError)")
             return False

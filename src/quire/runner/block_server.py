@@ -109,7 +109,7 @@ class BlockServer:
                     header, size = file.read(self._header.size), os.fstat(file.fileno()).st_size
                     rest = size - self._header.size
                     if rest < 0 or self._header.unpack(header)[-2] != rest:
-                        break  # torn by a crash; whoever reads it here removes it
+                        break  # torn by a crash; the next read here removes it
                     link.answer(block_hash, header)
                     while rest:
                         part = file.read(min(rest, 1 << 20))
