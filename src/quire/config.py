@@ -315,9 +315,11 @@ class EngineConfig:
             )
 
     def _check_ranks(self) -> None:
-        """What one rank keeps is of no use to another, and all ranks must compute the same rows of logits."""
+        """What one rank keeps is of no use to another, and all ranks must compute the same rows of logits. Blocks of
+        stages differ in size, so as many bytes of a host tier are not as many blocks."""
         option = "tensor_parallel_size" if self.tensor_parallel_size > 1 else "pipeline_parallel_size"
-        for name in ("disk_cache", "weights_cache", "enable_lora", "speculative_config", "async_scheduling"):
+        tiers = ("disk_cache", "swap_space") if self.pipeline_parallel_size > 1 else ("disk_cache",)
+        for name in (*tiers, "weights_cache", "enable_lora", "speculative_config", "async_scheduling"):
             if self.num_ranks > 1 and getattr(self, name):
                 raise ConfigError(
                     f"{option} is {getattr(self, option)}, but {name} is {getattr(self, name)!r}, "

@@ -164,5 +164,8 @@ def test_the_stage_with_the_smallest_pool_decides(model: ModelConfig) -> None:
     assert plan.num_blocks == 2**20 // (16 * plan.kv_bytes_per_token)
     with pytest.raises(ConfigError, match="pipeline_parallel_size is 6, too many for the 5 layers"):
         plan_memory(EngineConfig(pipeline_parallel_size=6), model, available=GIB)
-    with pytest.raises(ConfigError, match="pipeline_parallel_size is 2, but disk_cache is 'x', which needs one rank"):
-        EngineConfig(pipeline_parallel_size=2, disk_cache="x")
+    for option in ("disk_cache", "swap_space"):
+        with pytest.raises(ConfigError, match=f"pipeline_parallel_size is 2, but {option} is .*, which needs one rank"):
+            EngineConfig(pipeline_parallel_size=2, **{option: "1GiB"})
+    same = plan_memory(replace(config, kv_cache_memory=None, num_blocks=8), model, available=GIB)
+    assert same.kv_cache == 8 * 16 * plan.kv_bytes_per_token, "of the stage with the largest blocks"

@@ -200,7 +200,7 @@ def plan_memory(
     plans = [_plan_part(config, part, host, device) for part in parts(config, model)]
     # One scheduler plans for the pools of all ranks, so the smallest decides.
     return replace(
-        min(plans, key=lambda plan: plan.num_blocks),
+        min(plans, key=lambda plan: (plan.num_blocks, -plan.kv_cache)),
         max_num_seqs=min(plan.max_num_seqs for plan in plans),
         num_state_slots=min(plan.num_state_slots for plan in plans),
     )
