@@ -54,6 +54,17 @@ def test_only_a_prefilled_prompt_is_fetched() -> None:
     assert len(other.disk.blocks) == 4, "what was fetched is stored like any block"
 
 
+@pytest.mark.parametrize("num_snapshots", [None, 6])
+def test_it_is_fetched_even_if_computing_were_faster(num_snapshots: int | None) -> None:
+    """The router gave the work to another engine, so that this one has time for others."""
+    engine = fetching(giver([PROMPT], num_snapshots=num_snapshots), num_snapshots=num_snapshots)
+    engine.index.measure_load(DISK, 1, 100.0)
+    engine.index._compute_rate.measure(1000, 0.001)
+    engine.add(prefilled("a", [*PROMPT, 7]))
+    engine.run()
+    assert stats_of(engine, DISK)["hits"] > 0
+
+
 def test_an_engine_without_peers_asks_nobody() -> None:
     engine = fetching(giver([PROMPT]))
     engine.index.tiers[DISK].fetches = False

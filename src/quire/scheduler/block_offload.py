@@ -73,13 +73,16 @@ class BlockOffload:
         """The longest hit with blocks of tiers that is worth loading, after what the pool alone has: `found`.
 
         The last token is never covered, as in `BlockTable.find_prefix`. The pool has a free block for each to load.
+        What another engine was asked to compute is always worth it: this one shall have its time for other requests.
         """
         worth = longest = self.find_longest(sequence, token_ids, found, (len(token_ids) - 1) // self._pool.block_size)
         if longest:
             limit = self._room_beside(found)
             rows = zip(*(sources[longest.first : limit] for sources in longest.sources), strict=True)
             stored_in = [[source[0] for source in row if isinstance(source, tuple)] for row in rows]
-            num_worth = self._index.num_worth_loading(stored_in, self._pool.block_size, self._num_queued)
+            num_worth = len(stored_in)
+            if not any(self._is_expected(block_hash) for _, block_hash in longest.stored):
+                num_worth = self._index.num_worth_loading(stored_in, self._pool.block_size, self._num_queued)
             if longest.first + num_worth < longest.num_blocks:
                 worth = self.find_longest(sequence, token_ids, found, longest.first + num_worth)
         return replace(worth, not_worth=[tier_name for tier_name, _ in longest.stored[len(worth.stored) :]])
@@ -123,6 +126,8 @@ class BlockOffload:
         """Whether all of a hit fits into the pool, and loading it is faster than computing `num_tokens` tokens."""
         if stored.num_blocks > self._room_beside(found):
             return False
+        if any(self._is_expected(block_hash) for _, block_hash in stored.stored):
+            return True
         tier_names = [tier_name for tier_name, _ in stored.stored]
         if stored.state is not None:
             tier_name, key = stored.state
@@ -322,7 +327,8 @@ class BlockOffload:
         self._storing.update(disk, result)
         for block_hash, seconds in result.read:
             self._finished_reads[block_hash] = self._reads.pop(block_hash)
-            self._index.measure_load(DISK, disk.num_blocks(block_hash), seconds)
+            if not disk.expects(block_hash):  # the time of another engine tells nothing of this one's disk
+                self._index.measure_load(DISK, disk.num_blocks(block_hash), seconds)
         for block_hash, reason in result.failed_reads:
             disk.remove(block_hash)
             disk.forget(block_hash)
