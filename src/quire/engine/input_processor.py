@@ -14,7 +14,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.lora.registry import Adapter
 from quire.model_config import ModelConfig
-from quire.request import Request, Task
+from quire.request import PrefilledPrompt, Request, Task
 from quire.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -119,6 +119,7 @@ class InputProcessor:
             pixels=pixels,
             adapter=adapter.digest if adapter is not None else "",
             adapter_path=adapter.path if adapter is not None else "",
+            prefilled=isinstance(prompt, PrefilledPrompt),
             num_returned=num_returned,
             hides_logprobs=hides_logprobs,
         )

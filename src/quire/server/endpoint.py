@@ -21,7 +21,14 @@ from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
-from quire.server.handover import PROMPT_HEADER, STREAM_HEADER, Handover, decode_progress
+from quire.server.handover import (
+    COMPUTE,
+    PREFILLED_HEADER,
+    PROMPT_HEADER,
+    STREAM_HEADER,
+    Handover,
+    decode_progress,
+)
 from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
@@ -74,7 +81,7 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
-        if self.queues and not self.asks_for_prompt:
+        if self.queues and (self.computes_prompt or not self.asks_for_prompt):
             self.services.door.check(self.engine, self.client.account or None)
         given = dict(self.scope["headers"]).get(STREAM_HEADER)
         if given is not None:
@@ -98,6 +105,16 @@ class RequestContext:
     def asks_for_prompt(self) -> bool:
         """The router wants to know the prompt's blocks, not the answer."""
         return PROMPT_HEADER in dict(self.scope["headers"])
+
+    @property
+    def computes_prompt(self) -> bool:
+        """The router wants the prompt computed, and another server to answer."""
+        return dict(self.scope["headers"]).get(PROMPT_HEADER) == COMPUTE
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Another server has computed the prompt for this one."""
+        return PREFILLED_HEADER in dict(self.scope["headers"])
 
     def answer_id(self, prefix: str) -> str:
         """The id of the answer, which begins with `prefix`."""
