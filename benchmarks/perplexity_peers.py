@@ -82,7 +82,7 @@ def llama_perplexity(programs: Path, model: Path, text: Path, row_length: int) -
     return float(estimate[1])
 
 
-def _run(command: list[str | Path]) -> str:
+def _run(command: Sequence[object]) -> str:
     """Standard output and error of a program of llama.cpp."""
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
