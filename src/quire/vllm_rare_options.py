@@ -77,10 +77,7 @@ _REFUSED: Sequence[tuple[str, Mapping[str, tuple[object, ...]]]] = (
         },
     ),
     ("prompts are text, token ids and images", {"enable_prompt_embeds": _OFF, "enable_mm_embeds": _OFF}),
-    (
-        "see pooling_type",
-        {"pooler_config": _UNSET, "override_pooler_config": _UNSET},
-    ),
+    ("see pooling_type", {"pooler_config": _UNSET, "override_pooler_config": _UNSET}),
     (
         "Quire loads no classes of others; docs/extending.md shows where they go",
         {

@@ -135,7 +135,7 @@ def test_families_that_differ_from_llama(
         (["--users", "300"], "users is 300, but at most 256 run at once; raise max_num_seqs"),
         (["--context", "9999999"], "context is 9999999, but the longest context is"),
         (["--context", "64", "--prompt", "60", "--output", "10"], "together more than the context of 64 tokens"),
-        (["--measure", "no/such/folder/cpu.json"], "there is no folder no/such/folder"),
+        (["--measure", "no/such/folder/cpu.json"], "There is no folder no/such/folder"),
     ],
 )
 def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

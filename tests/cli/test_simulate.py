@@ -66,7 +66,7 @@ def test_a_picture(ending: str, traces: Path) -> None:
         (["--trace", "made", "--device", "abacus"], "device is 'abacus'"),
         (["--trace", "made", "--saturate", "--plot", "run.gif"], "must end in .png, .svg or .pdf"),
         (["--trace", "made", "--saturate", "--plot", "no/such/run.svg"], "there is no folder no/such"),
-        (["--trace", "made", "--saturate", "--json", "no/such/run.json"], "there is no folder no/such"),
+        (["--trace", "made", "--saturate", "--json", "no/such/run.json"], "There is no folder no/such"),
     ],
 )
 def test_what_is_refused(arguments: list[str], said: str, traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
