@@ -65,7 +65,7 @@ test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows
 	@$(if $(ARGS),:,$(BIN)/python -m pytest -q tests/server/page)  # by itself: playwright leaves an event loop running
 	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
 
-test-real: .venv/.test  ## Check published values of real models, which it downloads (200 MB)
+test-real: .venv/.test  ## Test real models, which it downloads (500 MB), beside llama.cpp if QUIRE_LLAMA names its programs
 	@QUIRE_TEST_REAL=1 $(BIN)/python -m pytest tests/test_real_models.py tests/real $(ARGS)
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)

@@ -35,6 +35,7 @@ _TEXTS: dict[str, Any] = {
     **dict.fromkeys(_SIZES, int | str | None),
     "speculative_config": str | None,
     "kv_events_config": str | None,
+    "kv_transfer_config": str | None,
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens"), int | str | None),
 }
 """Options that the config class parses itself, with the type that a flag takes."""

@@ -148,10 +148,16 @@ def _run_clusters(options: dict[str, Any], cluster_options: dict[str, Any]) -> l
 
 
 def _oracle(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The row of an oracle: one cache for all replicas that forgets nothing. It has hits and no times."""
+    """The rows of oracles: one cache for all replicas that forgets nothing, and one of the size of all their caches.
+    They have hits and no times."""
     if "oracle_hit_pct" not in runs[0]:
         return []
-    return [{"routing": "oracle", "prefix_hit_pct": runs[0]["oracle_hit_pct"], "of_oracle_pct": 100.0}]
+    everything, equal = runs[0]["oracle_hit_pct"], runs[0]["equal_oracle_hit_pct"]
+    share = 100 * equal / everything if everything else 100.0
+    return [
+        {"routing": "oracle", "prefix_hit_pct": everything, "of_oracle_pct": 100.0},
+        {"routing": "equal size", "prefix_hit_pct": equal, "of_oracle_pct": share},
+    ]
 
 
 def _report_speed(runs: Sequence[dict[str, Any]], seconds: float) -> None:

@@ -44,7 +44,7 @@ class ChatTemplateProcess:
         """Start a process in the background, so that the first chat need not wait for it."""
         self._threads.submit(self._start)
 
-    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    async def render(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> str:
         """`ChatTemplate.render`. Raises `RequestError`, and `QueueFullError` if more than `MAX_WAITING` wait."""
         if self._num_waiting >= MAX_WAITING:
             raise QueueFullError(f"{MAX_WAITING} chats are waiting to be rendered", retry_after=1)

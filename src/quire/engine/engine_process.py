@@ -122,12 +122,12 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
-    take_cards(load.index, load.config.tensor_parallel_size)
+    take_cards(load.index, load.config.num_ranks)
     model_config = read_model(load.config, folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     import_engine()
-    bind_to_node(0, load.config.tensor_parallel_size)
+    bind_to_node(0, load.config.num_ranks)
     from quire.engine.build import build_core
 
     connection.send(PhaseDone("import torch", perf_counter() - started))

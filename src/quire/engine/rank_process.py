@@ -30,7 +30,7 @@ def main(fd: int) -> None:
         return
     exit_with(sock)
     load = msgspec.msgpack.decode(first, type=RankLoad)
-    bind_to_node(load.rank, load.config.tensor_parallel_size)
+    bind_to_node(load.rank, load.config.num_ranks)
     with without_garbage_collection():
         from quire.engine.build_rank import build_follower
     try:

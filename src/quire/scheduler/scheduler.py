@@ -90,6 +90,8 @@ class Scheduler:
         if not self._queues.by_id:
             self._parts.demand.begin(self._clock())
         self._queues.enter(group)
+        if request.prefilled and self._parts.offload is not None:
+            self._parts.offload.expect(group.leader)
 
     def abort(self, request_id: str) -> None:
         """End a request, wherever it is; its blocks are free at once. Unknown ids (already ended) are ignored."""

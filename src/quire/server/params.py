@@ -173,6 +173,8 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
             guided["json"] = _schema(guided["json"])
         return StructuredOutputsParams(**guided, asked_as=asked_as)
     if wanted.type == "json_object":
+        if wanted.schema is not None:
+            return StructuredOutputsParams(json=wanted.schema, asked_as=asked_as)
         return StructuredOutputsParams(json_object=True, asked_as=asked_as)
     if wanted.type != "json_schema":
         raise RequestError(
