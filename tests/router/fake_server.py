@@ -63,6 +63,8 @@ class FakeServer:
     prefix: str = ""
     """What stands before every path."""
     asked: list[Asked] = field(default_factory=list)
+    num_prefilled: int = 0
+    """Prompts that it computed for other servers."""
     url: str = ""
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
@@ -125,7 +127,11 @@ class FakeServer:
             given = json.loads(body)
             text = given.get("prompt") or "".join(each["content"] for each in given["messages"])
             await self._whole(writer, 200, json.dumps({"tokens": list(text.encode())}).encode())
+        elif headers.get("x-quire-prompt") == "compute" and self.refusal is not None:
+            await self._whole(writer, *self.refusal)
         elif "x-quire-prompt" in headers and self.block_size:
+            if headers["x-quire-prompt"] == "compute":
+                self.num_prefilled += 1
             prompt = json.loads(body)["prompt"]
             blocks = {"model": self.model, "block_size": self.block_size, "num_tokens": 40, "hashes": "AAAAAAAAAAE="}
             blocks |= {"version": self.version, "content": b64encode(str(prompt).encode()).decode()}

@@ -81,7 +81,7 @@ def build_core(
     `on_rank_death` is called in a thread if another rank dies; a step then raises `RankDeadError`.
     """
     group = None
-    if config.tensor_parallel_size > 1:
+    if config.num_ranks > 1:
         group = _start_ranks(config, plan, folder, on_rank_death)
     try:
         return _build_core(
@@ -144,12 +144,12 @@ def _build_core(
         capture=CudaCapture() if plan.graphs else None,
     )
     executor: Executor = runner
-    if group is not None and target.shards is not None:
+    if group is not None:
         started = time.perf_counter()
         group.wait_loaded()
-        target.shards.ranks.connect(group.meeting_file, target.device)
+        target.connect(group.meeting_file)
         executor = group.executor(runner)
-        on_phase(f"{config.tensor_parallel_size} ranks", time.perf_counter() - started)
+        on_phase(f"{config.num_ranks} ranks", time.perf_counter() - started)
     scheduler, events = _make_scheduler(target, tiers)
     core = EngineCore(
         scheduler,
@@ -180,7 +180,7 @@ def _start_ranks(
     def orders(rank: int, meeting_file: Path) -> bytes:
         return msgspec.msgpack.encode(RankLoad(config, plan, str(folder), rank, str(meeting_file)))
 
-    return RankGroup(RANK_PROGRAM, config.tensor_parallel_size, orders, on_death)
+    return RankGroup(RANK_PROGRAM, config.num_ranks, orders, on_death)
 
 
 def _make_scheduler(target: Target, tiers: TierIndex | None) -> tuple[Scheduler, CacheEvents | None]:

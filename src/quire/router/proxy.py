@@ -19,6 +19,7 @@ from quire.router.backends import Backends
 from quire.router.client_answer import ClientAnswer, Headers, failure_event
 from quire.router.homes import RESPONSES, Homes
 from quire.router.marked_stream import BrokenStreamError
+from quire.router.prefill import Prefill
 from quire.router.prompts import PromptReader
 from quire.router.quarantine import REFUSED_SECONDS, DeadlyRequests
 from quire.router.requests import HOP_BY_HOP, RoutedRequest, read_request
@@ -92,6 +93,7 @@ class Proxy:
         self._prompts = PromptReader(fleet, backends)
         self._deadly = DeadlyRequests(time.monotonic)
         self._homes = Homes()
+        self.prefill = Prefill(settings) if settings.prefill else None
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises `RequestError` as long as the client has nothing of an answer."""
@@ -129,6 +131,8 @@ class Proxy:
             backend = self._backends.by_url[work.replica.name]
             before = request.answer.num_tokens
             try:
+                if self.prefill is not None and not request.prefilled and self.prefill.is_worth(request, work):
+                    request.prefilled = await self.prefill.compute(request, prompt, backend.models)
                 await self._try(request, backend, work, answer)
                 return
             except _MoveOnError as error:

@@ -40,7 +40,8 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.serve(sockets=[listener]))
             following = () if listed is None else (listed.follow(backends, settings.health_interval),)
-            watched = (backends.watch(), *following, *(feed.run() for feed in feeds))
+            prefilling = () if app.proxy.prefill is None else (app.proxy.prefill.watch(),)
+            watched = (backends.watch(), *following, *prefilling, *(feed.run() for feed in feeds))
             watching = [tasks.create_task(work) for work in watched]
             await server.listening.wait()
             report(f"listening on {url_of(listener)}")
@@ -55,6 +56,8 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
                 server.stop()
     finally:
         await backends.client.aclose()
+        if app.proxy.prefill is not None:
+            await app.proxy.prefill.backends.client.aclose()
 
 
 def http_settings(settings: RouterSettings) -> ServerSettings:

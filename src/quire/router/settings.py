@@ -16,6 +16,15 @@ class RouterSettings:
 
     backends: tuple[str, ...] = ()
     """URLs of the servers, separated by commas: Quire's, or others with OpenAI's API. All serve one model."""
+    decode: tuple[str, ...] = ()
+    """The same as `backends`, beside `prefill`."""
+    prefill: tuple[str, ...] = ()
+    """URLs of Quire servers that compute long prompts first; those of `decode` fetch the blocks from them
+    (--kv-transfer-config)."""
+    prefill_min_tokens: int = 512
+    """Shorter prompts, counted without what the answering server holds, are computed where they are answered."""
+    prefill_timeout: float = 60.0
+    """Seconds after which a prompt is computed where it is answered."""
     backends_file: Path | None = None
     """File with a URL of a server on each line, read again when it changes: a server can come and go while the router
     runs. One that goes finishes its requests."""
@@ -54,11 +63,14 @@ class RouterSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_body_size", parse_size("max_body_size", self.max_body_size))
-        for name in ("backends", "kv_events"):
+        for name in ("backends", "decode", "prefill", "kv_events"):
             given = getattr(self, name)
             parts = [given] if isinstance(given, str) else given
             urls = [url.strip().rstrip("/") for part in parts for url in part.split(",")]
             object.__setattr__(self, name, tuple(url for url in urls if url))
+        if self.decode and self.backends:
+            raise ConfigError("decode and backends are both given, and mean the same; give one of them")
+        object.__setattr__(self, "backends", self.backends or self.decode)
         if not self.backends and self.backends_file is None:
             raise ConfigError(
                 "backends is empty: give the URLs of the servers, as --backends http://a:8000,http://b:8000"
@@ -66,6 +78,9 @@ class RouterSettings:
         if self.backends and self.backends_file is not None:
             raise ConfigError("backends and backends_file are both given; write all servers into the file, or none")
         check_urls("backends", self.backends)
+        check_urls("prefill", self.prefill)
+        if both := set(self.backends) & set(self.prefill):
+            raise ConfigError(f"prefill has {min(both)}, which is also among those that answer; leave it out of one")
         if self.kv_events and len(self.kv_events) != len(self.backends):
             raise ConfigError(
                 f"kv_events has {len(self.kv_events)} addresses for {len(self.backends)} backends; give one for each, "
@@ -83,11 +98,14 @@ class RouterSettings:
             ("max_queue_size", 0, 2**20),
             ("max_blocks", 1, 2**26),
             ("max_deaths", 1, 100),
+            ("prefill_min_tokens", 1, 2**24),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from {low} to {high}")
         if not 0.05 <= self.health_interval <= 3600:
             raise ConfigError(f"health_interval is {self.health_interval}; it must be from 0.05 to 3600 seconds")
+        if not 0 < self.prefill_timeout <= 3600:
+            raise ConfigError(f"prefill_timeout is {self.prefill_timeout}; it must be above 0, at most 3600 seconds")
         if not self.shutdown_timeout >= 0:
             raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout}; it must be 0 or more seconds")
 
