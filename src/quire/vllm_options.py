@@ -120,7 +120,7 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "collect_detailed_traces": _ignored("a span has the seconds of each phase; see otlp_traces_endpoint"),
         "enable_ssl_refresh": _ignored("Quire reads renewed certificates by itself", switch=True),
         "ssl_ciphers": ForeignOption((), "Quire takes the ciphers that OpenSSL takes by default"),
-        "api_server_count": ForeignOption((1,), "one process answers; run a server per GPU behind a proxy"),
+        "api_server_count": ForeignOption((1,), "one process answers; see data_parallel_size"),
     }
 )
 

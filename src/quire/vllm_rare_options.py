@@ -26,12 +26,15 @@ _REFUSED: Sequence[tuple[str, Mapping[str, tuple[object, ...]]]] = (
     (
         "an engine runs on one machine; `quire cluster serve` and `quire router` use several",
         {
-            **dict.fromkeys(("headless", "grpc", "data_parallel_hybrid_lb", "data_parallel_external_lb"), _OFF),
+            **dict.fromkeys(("headless", "data_parallel_hybrid_lb", "data_parallel_external_lb"), _OFF),
             **dict.fromkeys(("data_parallel_multi_port_external_lb", "enable_scale_out", "enable_elastic_ep"), _OFF),
-            **dict.fromkeys(("nnodes", "data_parallel_size_local", "prefill_context_parallel_size"), (1,)),
+            "nnodes": (1,),
             **dict.fromkeys(("node_rank", "data_parallel_rank", "data_parallel_start_rank"), (0,)),
         },
     ),
+    ("Quire speaks HTTP", {"grpc": _OFF}),
+    ("all engines of data_parallel_size run on this machine; leave it out", {"data_parallel_size_local": (1,)}),
+    ("Quire divides every layer; see tensor_parallel_size", {"prefill_context_parallel_size": (1,)}),
     ("set CUDA_VISIBLE_DEVICES in the environment", {"device_ids": _UNSET}),
     (
         "start Quire under numactl or taskset",
@@ -47,15 +50,20 @@ _REFUSED: Sequence[tuple[str, Mapping[str, tuple[object, ...]]]] = (
     ),
     ("a tool is strict if it says so", {"tool_strict_level": ("auto",)}),
     ("the client runs tools", {"tool_server": _UNSET}),
-    ("/metrics and the usage of an answer have these figures", {"enable_per_request_metrics": _OFF}),
-    ("/metrics has the load", {"enable_server_load_tracking": _OFF}),
+    (
+        "access_log writes each request's tokens and milliseconds, otlp_traces_endpoint its phases",
+        {"enable_per_request_metrics": _OFF},
+    ),
+    ("/metrics has the requests that run and wait", {"enable_server_load_tracking": _OFF}),
     ("prompts and answers are never logged", {"enable_log_outputs": _OFF}),
     (
         "put a proxy before the server (docs/deploy.md)",
-        {"middleware": _UNSET, "allow_credentials": _OFF, "disable_fastapi_docs": _OFF},
+        {"middleware": _UNSET},
     ),
+    ("a page sends the API key in a header, for which browsers need no credentials", {"allow_credentials": _OFF}),
+    ("/docs needs the API key, if there is one; a proxy can hide it", {"disable_fastapi_docs": _OFF}),
     (
-        "an allowed origin may use all methods and headers; see allow_origins",
+        "an allowed origin may send GET, POST and DELETE, with all headers; see allow_origins",
         dict.fromkeys(("allowed_methods", "allowed_headers"), ("*", ["*"], '["*"]')),
     ),
     ("Quire reads the quantisation from the checkpoint", {"quantization_config": _UNSET}),
@@ -133,7 +141,7 @@ _REFUSED: Sequence[tuple[str, Mapping[str, tuple[object, ...]]]] = (
 _HARMLESS: Sequence[tuple[str, str]] = (
     (
         "an engine runs on one machine",
-        "grpc_port master_addr master_port distributed_timeout_seconds cpu_distributed_timeout_seconds "
+        "master_addr master_port distributed_timeout_seconds cpu_distributed_timeout_seconds "
         "data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_supervisor_port "
         "dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s dp_supervisor_probe_failure_threshold "
         "dp_sync_interval dcp_comm_backend dcp_kv_cache_interleave_size cp_kv_cache_interleave_size all2all_backend "
@@ -159,13 +167,15 @@ _HARMLESS: Sequence[tuple[str, str]] = (
         "max_prompt_adapter_token",
     ),
     ("Quire restarts an engine that dies and resumes its requests", "fault_tolerance_config"),
-    ("see log_format", "log_level disable_access_log_for_endpoints"),
+    ("Quire speaks HTTP", "grpc_port"),
+    ("Quire has one level of logs", "log_level"),
+    ("access_log leaves out /health, and no other endpoint", "disable_access_log_for_endpoints"),
     ("/metrics has Quire's own figures", "show_hidden_metrics_for_version kv_cache_metrics_sample"),
     (
         "answers have Quire's form",
         "cohere_format anthropic_disabled_thinking_effort fingerprint_mode fingerprint_value",
     ),
-    ("Quire sends comments to keep a quiet stream open", "sse_keep_alive_interval"),
+    ("an answer's stream is silent between tokens; a proxy's read timeout must be longer", "sse_keep_alive_interval"),
 )
 """(why the options change nothing, their names); every value is accepted."""
 

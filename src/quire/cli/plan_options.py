@@ -18,8 +18,7 @@ class PlanOptions:
     """Options of `quire plan` beside the engine's. The docstrings are its help."""
 
     device: str = ""
-    """A card or processor such as RTX-4090, H100 or ryzen-7950x (see --list-devices), or a file that --measure wrote.
-    Left out, or cpu or cuda: this machine, without times."""
+    """A card or processor such as H100 (see --list-devices), or a file of --measure. Default: this machine, untimed."""
     num_devices: int | None = None
     """Devices that share the model; by default as few as hold it. More than one is a plan only."""
     list_devices: Annotated[bool, Parameter(negative=())] = False
@@ -37,8 +36,7 @@ class PlanOptions:
     compare: bool = True
     """Show what other ways of storing weights and KV, and other devices, would change."""
     measure: OutputFile = None
-    """Measure this machine's coefficients and write them to this file. Takes some minutes, in which nothing else should
-    run."""
+    """Measure this machine's coefficients into this file. Takes some minutes, in which nothing else should run."""
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
     """Print the plan as JSON: sizes in bytes, times in seconds."""
 
