@@ -224,8 +224,8 @@ async def chaos(*, seconds: float, servers: int, streams: int, base_port: int, o
             members.append(Member(*given, url=f"http://{host}:{port}", log=log, namespace=name, source=source))
             stack.enter_context(members[-1])
         urls = ",".join(each.url for each in members)
-        given = ("router", "--backends", urls, "--port", str(base_port))
-        router = Member(*given, url=f"http://127.0.0.1:{base_port}", log=logs / "router.log")
+        asked = ("router", "--backends", urls, "--port", str(base_port))
+        router = Member(*asked, url=f"http://127.0.0.1:{base_port}", log=logs / "router.log")
         limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
             cluster = Cluster(members, router, client)

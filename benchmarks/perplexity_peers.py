@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,12 +83,12 @@ def llama_perplexity(programs: Path, model: Path, text: Path, row_length: int) -
     return float(estimate[1])
 
 
-def _run(command: list[str | Path]) -> str:
+def _run(command: Sequence[object]) -> str:
     """Standard output and error of a program of llama.cpp."""
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} ended with {done.returncode}: {done.stderr[-500:]}")
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr[-500:]}")
     return done.stdout + done.stderr
 
 

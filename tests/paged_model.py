@@ -12,7 +12,7 @@ from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.attention.recurrence import plan_recurrence
 from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for, reference
-from quire.kernels.interface import StateLayer
+from quire.kernels.interface import Packing, StateLayer
 from quire.layers.pipe import Pipe
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
@@ -36,6 +36,7 @@ class PagedModel:
         kv_dtype: torch.dtype = torch.float32,
         config: ModelConfig | None = None,
         shards: Shards | None = None,
+        packing: Packing | None = None,
         pipe: Pipe | None = None,
     ) -> None:
         self.config = config = config or ModelConfig.from_folder(folder)
@@ -47,6 +48,7 @@ class PagedModel:
             dtype,
             max_model_len=max_model_len,
             shards=shards,
+            packing=packing,
             pipe=pipe,
         )
         self.block_size = block_size

@@ -367,8 +367,7 @@ class ModelSpec:
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of what is packed: the layers' matrices, the head, projections and an encoder."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
-        others = (*self.projections, *self.image_encoder)
-        projections = sum(matrix.weight_bytes(dtype, weight_format) for matrix in others)
+        projections = sum(each.weight_bytes(dtype, weight_format) for each in (*self.projections, *self.image_encoder))
         return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization) + projections
 
     def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:

@@ -94,6 +94,7 @@ def test_every_architecture_has_transformers_type() -> None:
     [
         ("qwen2-window", "its layer_windows is .* and a reader of the file would take it for"),
         ("llama-rope-dynamic", "rope_type dynamic cannot be written as GGUF"),
+        ("qwen3-next", "Qwen3NextForCausalLM cannot be written as GGUF; supported: LlamaForCausalLM"),
         ("opt", "OPTForCausalLM cannot be written as GGUF; supported: LlamaForCausalLM"),
         ("phi-norms", "tensors of this PhiForCausalLM have no place in GGUF"),
     ],

@@ -1,4 +1,4 @@
-"""Layers of int4 that get 8 bits: which they are, that they fit their memory, that every way of loading has the same."""
+"""Layers of int4 that get 8 bits: which they are, that they fit their memory, the same in every way of loading."""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def chosen(folder: Path, quantization: str = "int4") -> MoreBits:
 @pytest.fixture(scope="module")
 def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_checkpoint(tmp_path_factory.mktemp("models") / "m", "llama")
-    return change(folder, **{"layers__1__self_attn__o_proj": "spiky"})
+    return change(folder, layers__1__self_attn__o_proj="spiky")
 
 
 def test_the_layers_that_change_most_are_chosen(spiky: Path) -> None:
@@ -74,9 +74,7 @@ def test_what_has_few_bits_already_needs_no_more(tmp_path: Path) -> None:
     assert found.describe() == "int4 (no layer needs more bits)"
 
 
-@pytest.mark.parametrize(
-    ("family", "quantization"), [("llama", "int8"), ("llama", "int4-fast"), ("qwen2-moe", "int4")]
-)
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "int8"), ("llama", "int4-fast"), ("qwen2-moe", "int4")])
 def test_what_has_no_such_layers(family: str, quantization: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m", family)
     assert chosen(folder, quantization) == MoreBits(quantization)
@@ -100,9 +98,7 @@ def answers(model: Path, **options: Any) -> Any:
     return [(output.prompt_logprobs, output.outputs[0].logprobs) for output in outputs]
 
 
-def test_every_way_of_loading_has_the_same_layers(
-    spiky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_way_of_loading_has_the_same_layers(spiky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[int] = []
     quantize = cpu.quantize_linear
 

@@ -1,6 +1,8 @@
 """Servers that come, go, restart their engine, or answer what no server should."""
 
 import asyncio
+import shutil
+import ssl
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,8 +19,9 @@ from quire.router.backends_file import BackendsFile
 from quire.router.settings import RouterSettings
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES
-from tests.router.fake_server import Asked, Died, FakeServer, marked
-from tests.router.test_proxy import DONE, STREAM, WHOLE, count_on, event, route, text_of
+from tests.router.fake_server import Asked, Died, FakeServer, event, marked
+from tests.router.test_proxy import DONE, STREAM, WHOLE, count_on, route, text_of
+from tests.server.test_tls import certificate
 
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 GARBAGE = {
@@ -110,7 +113,7 @@ def test_streams_leave_an_engine_that_is_away(status: str, has_token: bool) -> N
         servers[1].ready = 503
         await backends.look(second)
         sending = asyncio.create_task(client.post("/v1/completions", json=STREAM))
-        while not servers[0].asked or (has_token and not app.state().replicas[0].context_tokens > 40):
+        while not servers[0].asked or (has_token and not any(read.may_leave() for read in first._reads)):
             await asyncio.sleep(0.001)
         servers[0].ready, servers[0].status = 503, status
         await backends.look(first)
@@ -172,6 +175,23 @@ def test_a_server_dies_for_many_requests_at_once() -> None:
             assert not backend.is_busy
 
     asyncio.run(test())
+
+
+def test_a_server_lost_during_a_look_is_looked_at_again() -> None:
+    servers = [FakeServer(count_on), FakeServer(count_on)]
+
+    async def test(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:
+        backend = backends.by_url[servers[0].url]
+        looking = asyncio.create_task(backends.look(backend))
+        for _ in range(3):  # it waits for an answer
+            await asyncio.sleep(0)
+        backends.lose(backend, "a request met it dead")
+        await looking
+        assert not backend.is_up
+        await backends.look(backend)
+        assert backend.is_up
+
+    route(servers, test)
 
 
 def test_a_stream_waits_longer_for_a_server_than_a_new_request() -> None:
@@ -267,6 +287,21 @@ def test_servers_behind_a_prefix_and_without_health() -> None:
         assert [each.asked[0].path for each in servers] == ["/v1/completions"] * 2
 
     route(servers, test, policy="round-robin")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, which makes certificates")
+def test_servers_with_tls(tmp_path: Path) -> None:
+    """A certificate that nobody vouches for is the reason that is given; with its file the server is used."""
+    made, key = certificate(tmp_path, "server")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(made, key)
+
+    async def test(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:
+        assert (await client.post("/v1/completions", json=STREAM)).content == WHOLE
+
+    route([FakeServer(count_on, tls=tls)], test, backend_ca_file=Path(made))
+    with pytest.raises(ConfigError, match=r"https://.*CERTIFICATE_VERIFY_FAILED.*--backend-ca-file"):
+        route([FakeServer(count_on, tls=tls)], test)
 
 
 def test_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         **_rope(file, family, prefix, sizes),
         **_of_falcon(file, sizes),
         **_of_latents(file, prefix),
+        **_of_delta_nets(file, sizes),
         "rms_norm_eps": _norm_eps(file, prefix),
         "query_pre_attn_scalar": _query_scalar(file, sizes),
         "multi_query": sizes["num_key_value_heads"] == 1,
@@ -164,6 +165,18 @@ def _of_latents(file: GgufFile, prefix: str) -> dict[str, Any]:
         raise file.refusal(f"{prefix}attention.key_length_mla", f"more than the {rope_dim} rotated elements")
     rank = file.metadata.get(f"{prefix}attention.q_lora_rank")
     return {"qk_nope_head_dim": length - rope_dim, "q_lora_rank": rank or None}
+
+
+def _of_delta_nets(file: GgufFile, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Which layers of Qwen3-Next are gated delta nets, and the length of a head's values."""
+    if file.architecture != "qwen3next":
+        return {}
+    num_heads, inner = file.integer("qwen3next.ssm.time_step_rank"), file.integer("qwen3next.ssm.inner_size")
+    if inner % num_heads:
+        raise file.refusal("qwen3next.ssm.inner_size", f"a multiple of the {num_heads} heads (ssm.time_step_rank)")
+    recurrent = [f"blk.{layer}.ssm_out.weight" in file.tensors for layer in range(sizes["num_hidden_layers"])]
+    kinds = ["linear_attention" if each else "full_attention" for each in recurrent]
+    return {"linear_value_head_dim": inner // num_heads, "layer_types": kinds}
 
 
 def _norm_eps(file: GgufFile, prefix: str) -> float:

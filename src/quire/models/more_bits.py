@@ -112,7 +112,8 @@ class _Survey(MarkedSource):
             added = self._wide.weight_bytes(num_outputs, num_inputs) - stored.weight_bytes(num_outputs, num_inputs)
             self.measured.append(Measured(self._num_quantized, layer, added, relative_error(rows, stored)))
         self._num_quantized += 1
-        return QuantizedWeight(*self.weight([weights], stored, 0), stored)
+        values, scales = self.weight([weights], stored, 0)
+        return QuantizedWeight(values, scales, stored)
 
     def weight(
         self, experts: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int

@@ -46,8 +46,11 @@ class Backends:
 
         A server that does not answer now may come later.
         """
-        await asyncio.gather(*(self.look(backend) for backend in list(self.by_url.values())))
-        known = [backend for backend in self.by_url.values() if backend.models]
+        known: list[Backend] = []
+        for _ in range(MISSED_PROBES):  # on a busy machine all answers may be late
+            if not known:
+                await asyncio.gather(*(self.look(backend) for backend in list(self.by_url.values())))
+                known = [backend for backend in self.by_url.values() if backend.models]
         if not known:
             reasons = "; ".join(f"{backend.url}: {backend.reason}" for backend in self.by_url.values())
             raise ConfigError(f"no backend answers ({reasons}); start the servers first, or correct --backends")
@@ -101,21 +104,26 @@ class Backends:
         except ConfigError as error:
             self._set_down(backend, str(error))
         else:
-            backend.num_missed = 0
-            status = health_status(answer)
-            if backend.is_removed:
-                self._leave(backend, "it is not on the list any more")
-            elif answer.status != 200:
-                # It answers, so its streams go on; it only gets no new ones.
-                self._leave(backend, f"its {path} says {answer.status}{f' ({status})' if status else ''}")
-            elif problem := self._mismatch(backend, self._up_besides(backend)):
-                self._leave(backend, problem)
-            elif not backend.is_up:
-                self._join(backend)
-            if answer.status != 200 and status in _ENGINE_AWAY and self._has_equal(backend):
-                backend.leave()
+            if backend.models:  # else a request has met a dead server meanwhile
+                self._heed(backend, path, answer)
         if backend.is_removed and not backend.is_busy:
             self.by_url.pop(backend.url, None)
+
+    def _heed(self, backend: Backend, path: str, answer: Answer) -> None:
+        """Do what a server's health asks for."""
+        backend.num_missed = 0
+        status = health_status(answer)
+        if backend.is_removed:
+            self._leave(backend, "it is not on the list any more")
+        elif answer.status != 200:
+            # It answers, so its streams go on; it only gets no new ones.
+            self._leave(backend, f"its {path} says {answer.status}{f' ({status})' if status else ''}")
+        elif problem := self._mismatch(backend, self._up_besides(backend)):
+            self._leave(backend, problem)
+        elif not backend.is_up:
+            self._join(backend)
+        if answer.status != 200 and status in _ENGINE_AWAY and self._has_equal(backend):
+            backend.leave()
 
     async def _health(self, backend: Backend) -> tuple[str, Answer]:
         """(Path, answer) that say whether a server takes requests. Not every engine has /health."""

@@ -22,7 +22,8 @@ class NoAnswerError(Exception):
 
     def __init__(self, error: Exception) -> None:
         text = str(error)
-        super().__init__(f"it does not answer ({type(error).__name__}{': ' + text[:200] if text else ''})")
+        hint = "; give the file of its certificate with --backend-ca-file" if "CERTIFICATE_VERIFY" in text else ""
+        super().__init__(f"it does not answer ({type(error).__name__}{': ' + text[:200] if text else ''}){hint}")
         self.was_refused = isinstance(error, httpx.ConnectError)
         """Nothing listens there: no need to ask again."""
 

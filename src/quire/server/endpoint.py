@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 _MAX_NAMES = 20
 """Names of models that a refusal lists."""
+_MAX_WARNING = 400
+"""Characters of one warning."""
 _LARGE_BODY = 2**16
 """Bytes that may take milliseconds to read."""
 _TIMEOUT_HEADER = b"x-request-timeout"
@@ -123,9 +125,11 @@ class RequestContext:
         return self.handover.created if self.handover else int(time.time())
 
     def warn(self, *texts: str) -> None:
-        """Say in a header of the response, and once in the log, what of the request has no effect."""
-        self.scope["state"].setdefault("warnings", []).extend(texts)
-        self.services.warnings.log(self.scope["path"], texts)
+        """Say in a header of the response, and once in the log, what of the request has no effect. `texts` may hold
+        words of the client: a line feed in one would begin another header."""
+        lines = ["".join(char if char.isprintable() else "?" for char in text[:_MAX_WARNING]) for text in texts]
+        self.scope["state"].setdefault("warnings", []).extend(lines)
+        self.services.warnings.log(self.scope["path"], lines)
 
     async def reply(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""

@@ -299,6 +299,7 @@ class ClusterSimulation:
             "latency_p50": quantile(self._latency, 50),
             "prefix_hit_pct": hit,
             "oracle_hit_pct": oracle,
+            "equal_oracle_hit_pct": equal,
             "of_oracle_pct": 100 * hit / oracle if oracle else 100.0,
             "of_equal_oracle_pct": 100 * hit / equal if equal else 100.0,
             "most_work_to_mean": _most_to_mean([node.num_computed for node in self._nodes]),

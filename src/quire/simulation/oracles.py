@@ -1,4 +1,4 @@
-"""Oracles: what one cache for all replicas would find, to compare a router's hits with. They see prompts as they come."""
+"""Oracles: what one cache for all replicas would find of each prompt, to compare the hits of a router with."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
