@@ -16,7 +16,8 @@ PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")]
 )
 GENERATED = {ROOT / f"docs/{name}.md" for name in ("clients", "models", "paper", "published-flaws")}
-MAX_WORDS = 29_000
+MAX_WORDS = 20_500
+"""Of README, CONTRIBUTING and docs without decisions, whose number grows; each of those has a limit of its own."""
 MAX_DECISION_LINES = 15
 
 _LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
@@ -37,6 +38,7 @@ FOREIGN_FLAGS = {
         "streams",
         "peers",
         "decisions",
+        "hot",
     ),  # of scripts, mypy
 }
 
@@ -75,9 +77,10 @@ def test_flags_that_pages_name_exist() -> None:
 
 
 def test_pages_stay_short() -> None:
-    words = sum(len(page.read_text().split()) for page in PAGES if page not in GENERATED)
+    decisions = set((ROOT / "docs/decisions").glob("0*.md"))
+    words = sum(len(page.read_text().split()) for page in set(PAGES) - GENERATED - decisions)
     assert words <= MAX_WORDS, f"README, CONTRIBUTING and docs have {words} words"
-    for page in (ROOT / "docs/decisions").glob("0*.md"):
+    for page in decisions:
         assert len(page.read_text().splitlines()) <= MAX_DECISION_LINES, page.name
 
 
