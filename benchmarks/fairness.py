@@ -107,7 +107,8 @@ def main() -> None:
             p50, p99 = (statistics.median(found["alone"]), found["alone"][int(0.99 * given.requests)])
             for turn, times in found.items():
                 ratios[turn].append((statistics.median(times) / p50, times[int(0.99 * len(times))] / p99))
-            print(", ".join(f"{turn}: p50 {1e3 * statistics.median(times):.1f} ms" for turn, times in found.items()))
+            figures = [(turn, 1e3 * statistics.median(times), 1e3 * times[-1]) for turn, times in found.items()]
+            print("; ".join(f"{turn}: p50 {p50:.1f}, longest {longest:.1f} ms" for turn, p50, longest in figures))
     for turn, pairs in ratios.items():
         p50, p99 = (statistics.median(values) for values in zip(*pairs, strict=True))
         print(f"{turn}: p50 {p50:.2f} times, p99 {p99:.2f} times that alone")

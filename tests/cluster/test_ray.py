@@ -125,10 +125,10 @@ def test_replicas_on_ray(tmp_path: Path) -> None:
                 await_servers(url, {1})
                 assert num_right() > 0
                 deep = {**PROMPT, "max_tokens": 450}
-                with ThreadPoolExecutor(40) as pool:  # more than one replica can hold
-                    asked = [
-                        pool.submit(httpx.post, f"{url}/v1/completions", json=deep, timeout=900) for _ in range(40)
-                    ]
+                # One client: each new one would read all certificates first, and the requests come one by one.
+                with httpx.Client(timeout=900) as client, ThreadPoolExecutor(40) as pool:
+                    # More than one replica can hold.
+                    asked = [pool.submit(client.post, f"{url}/v1/completions", json=deep) for _ in range(40)]
                     await_servers(url, {2})
                     assert {each.result().status_code for each in asked} == {200}
                 await_servers(url, {1})

@@ -37,13 +37,31 @@ def test_the_number_settles(current: int, load: float) -> None:
     assert wanted_replicas(first, {"kv_share": 0.8 * total / first}, **TARGETS) == first
 
 
-def test_the_policy_keeps_to_serves_limits() -> None:
-    context = SimpleNamespace(
-        aggregated_metrics={"queue_seconds": {"a": 100.0, "b": 100.0}},
-        current_num_replicas=2,
+def context_of(queue_seconds: list[float], *, running: int, target: int) -> SimpleNamespace:
+    per_replica = {f"r{number}": seconds for number, seconds in enumerate(queue_seconds)}
+    return SimpleNamespace(
+        aggregated_metrics={"queue_seconds": per_replica} if per_replica else {},
+        current_num_replicas=running,
+        target_num_replicas=target,
         capacity_adjusted_min_replicas=1,
         capacity_adjusted_max_replicas=5,
     )
-    assert EngineNumbers()(context) == (5, {})
-    context.aggregated_metrics = {}
-    assert EngineNumbers()(context) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("queue_seconds", "running", "target", "wanted"),
+    [
+        ([100.0, 100.0], 2, 2, 5),  # the most that is allowed
+        ([0.0, 0.0], 2, 2, 1),
+        ([0.0], 1, 2, 2),  # a rolling update replaces one: the other must go on
+        ([0.0], 2, 2, 2),  # the second has not said anything yet
+        ([], 0, 3, 3),  # all start
+        ([8.0], 1, 2, 4),  # too much work for both
+        ([0.0, 0.0, 0.0], 3, 2, 1),  # one drains already
+    ],
+)
+def test_the_policy_keeps_to_serves_limits_and_stops_none_while_others_start(
+    queue_seconds: list[float], running: int, target: int, wanted: int
+) -> None:
+    context = context_of(queue_seconds, running=running, target=target)
+    assert EngineNumbers()(context) == (wanted, {})

@@ -33,7 +33,7 @@ BY_QUESTION = ("out of CPU time", "late and busy", "raises")
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Expendable[Rendered]]:
     monkeypatch.setattr(expendable, "LOOK_SECONDS", 0.05)
     monkeypatch.setenv("ANSWER", encode(Rendered("right")).hex())
-    monkeypatch.setattr(expendable, "_WORKED_SECONDS", 0.1)
+    monkeypatch.setattr(expendable, "_WORKED_SECONDS", 0.03)
     found = Expendable(
         "tests.engine.scripted_worker", "does as told", LoadTemplate("x"), decode_from_renderer, seconds=2.0
     )

@@ -39,6 +39,6 @@ def test_smollm2_per_format(tmp_path: Path) -> None:
 
 
 def test_gemma_per_format(tmp_path: Path) -> None:
-    change = changes(measure(str(gemma()), tmp_path, llama=None, forms=("int8", "int4"), num_tokens=512))
+    change = changes(measure(str(gemma()), tmp_path, llama=None, forms=("int8", "int4"), num_tokens=1024))
     assert abs(change["int8"]) <= 0.01
     assert change["int4"] <= 0.06

@@ -245,6 +245,7 @@ def test_input_tokens_are_those_of_the_response(server: RunningServer) -> None:
         ("/v1/batches", "GET, HEAD, POST"),
         ("/v1/files/f", "DELETE, GET, HEAD"),
         ("/v1/responses/r", "DELETE, GET, HEAD"),
+        (f"{RESPONSES}/input_tokens", "POST"),
         (CHAT, "POST"),
         ("/health", "GET, HEAD"),
     ],

@@ -27,8 +27,13 @@ class EngineNumbers:
         self._targets = {"target_queue_seconds": target_queue_seconds, "target_kv_share": target_kv_share}
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        means = {name: _mean(per_replica) for name, per_replica in (context.aggregated_metrics or {}).items()}
+        numbers = context.aggregated_metrics or {}
+        means = {name: _mean(per_replica) for name, per_replica in numbers.items()}
         wanted = wanted_replicas(max(1, context.current_num_replicas), means, **self._targets)
+        num_known = min((len(per_replica) for per_replica in numbers.values()), default=0)
+        if min(num_known, context.current_num_replicas) < context.target_num_replicas:
+            # Some start or are being replaced. With a lower target Serve would stop the ones that answer.
+            wanted = max(wanted, context.target_num_replicas)
         low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
         return min(max(wanted, low), high), {}
 

@@ -120,9 +120,9 @@ def build_app(
         if shown.status == 404:
             shown = Refusal(404, describe_miss(path, paths), code="route_not_found")
         if shown.status == 405:
-            shown = _wrong_method(
-                {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
-            )
+            own = [route for route in routes if route.path == path]  # before those that take any name in its place
+            found = own or [route for route in routes if route.path_regex.match(path)]
+            shown = _wrong_method({method for route in found for method in route.methods or ()})
         return _error_response(shown, error_forms.get(path, OPENAI_ERRORS), "")
 
     routes = [Route(e.path, _Bound(e, engine, settings, services), methods=[e.method]) for e in endpoints]
