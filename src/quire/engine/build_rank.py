@@ -159,7 +159,7 @@ def load_weights(target: Target, preloader: Preloader) -> tuple[Model, bool]:
     model = _load_model(target, source, packed)
     if target.plan.kv_cache_dtype == "fp8_e4m3":
         model.scale_kv()
-    # Blocks of a GGUF file are not packed at all.
+    # Blocks of a GGUF file are copied at every start.
     from_cache = packed is not None and packed.num_packed == 0 and bool(packed.parts)
     if preloader.cache is not None and packed is not None and packed.num_packed:
         preloader.cache.store(packed.parts)
