@@ -65,7 +65,7 @@ test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows
 	@$(if $(ARGS),:,$(BIN)/python -m pytest -q tests/server/page)  # by itself: playwright leaves an event loop running
 	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
 
-test-real: .venv/.test  ## Check published values of real models, which it downloads (200 MB)
+test-real: .venv/.test  ## Test real models, which it downloads (500 MB), beside llama.cpp if QUIRE_LLAMA names its programs
 	@QUIRE_TEST_REAL=1 $(BIN)/python -m pytest tests/test_real_models.py tests/real $(ARGS)
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
@@ -89,6 +89,9 @@ test-asan: setup  ## Test the CPU kernels built with sanitizers for addresses an
 
 test-page: setup  ## Test the page at / in a real Chromium (apt-get install chromium), and make the pictures of the docs
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "quire: no Chromium; install one: apt-get install chromium"; exit 2; }
+	@test -f .venv/axe.min.js || (cd .venv && npm pack --silent axe-core@4.11.0 >/dev/null 2>&1 && \
+	  tar --strip-components=1 -xzf axe-core-4.11.0.tgz package/axe.min.js && rm axe-core-4.11.0.tgz) || \
+	  echo "quire: axe-core cannot be fetched (npm), so screen readers' rules are not checked"
 	@QUIRE_SCREENSHOTS=docs $(BIN)/python -m pytest tests/server/page tests/server/test_page_files.py tests/server/test_page_scenes.py $(ARGS)
 
 check: setup  ## Lint, format, types, and the laws of the architecture

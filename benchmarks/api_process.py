@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,9 @@ from typing import IO, Any
 import quire
 from benchmarks.peers.__main__ import vllm_environment
 from benchmarks.stand_in_engine import PROGRAM, STEP_VARIABLE, TEXT
+from benchmarks.timed_tokenizer import VARIABLE
+from quire.config import EngineConfig
+from quire.engine.tokenizer import load_tokenizer
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
 MODEL = "m"
@@ -35,6 +37,7 @@ LENGTHS = (16, 116)
 TOKENS_PER_SECOND = 2000
 """Pace of the stand-in, below what the API process can send: then each token has an event of its own."""
 LONG_PROMPT_TOKENS = 44_000
+_LONG_REQUESTS = 5
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True},
     "/v1/completions": {"prompt": "Hello", "ignore_eos": True},
@@ -42,6 +45,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}]},
 }
 _STAND_IN = (
+    "from benchmarks.timed_tokenizer import install; install(); "
     f"from quire.engine import engine_child; engine_child.PROGRAM = {PROGRAM!r}; import sys; "
     "from quire.cli.commands import run; sys.exit(run(sys.argv[1:]))"
 )
@@ -56,9 +60,9 @@ class Server:
     port: int
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process that speaks HTTP, without its children."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time of the process that speaks HTTP, without its children: nanoseconds of each thread that lives."""
+        threads = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,25 +169,24 @@ def measure(server: Server, path: str, count: int) -> Cost:
     return Cost(token, few / count - short * token, (events - few_events) / (count * (long - short)))
 
 
-def measure_long_prompt(server: Server, folder: Path, repeats: int) -> tuple[float, float]:
-    """Median CPU seconds for a prompt of `LONG_PROMPT_TOKENS`: of a request, and of tokenising alone."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    per_text = len(tokenizer.encode(TEXT, add_special_tokens=False).ids)
-    text = TEXT * (LONG_PROMPT_TOKENS // per_text)
-    whole, alone = list[float](), list[float]()
+def measure_long_prompt(server: Server, timed: Path, text: str, repeats: int) -> tuple[float, float]:
+    """Median CPU seconds that the prompt `text` adds to a request, and those of tokenising among them, which the server
+    keeps in the file `timed`."""
+    added, tokenising = list[float](), list[float]()
     for number in range(repeats):
-        prompt = f"{number} {text}"
-        before = server.cpu_seconds()
-        for _ in range(10):  # the clock of /proc has ticks of 10 ms
-            asyncio.run(request(server.port, "/v1/completions", {"prompt": prompt, "max_tokens": 1}))
-        whole.append((server.cpu_seconds() - before) / 10)
-        before = time.thread_time()
-        for _ in range(10):
-            tokenizer.encode_batch_fast([prompt])
-        alone.append((time.thread_time() - before) / 10)
-    return statistics.median(whole), statistics.median(alone)
+        before = float(timed.read_text()) if timed.exists() else 0.0
+        long, short = (_prompt_seconds(server, prompt) for prompt in (f"{number} {text}", "Hello"))
+        added.append(long - short)
+        tokenising.append((float(timed.read_text()) - before) / _LONG_REQUESTS)
+    return statistics.median(added), statistics.median(tokenising)
+
+
+def _prompt_seconds(server: Server, prompt: str) -> float:
+    """CPU seconds of a request with this prompt."""
+    before = server.cpu_seconds()
+    for _ in range(_LONG_REQUESTS):
+        asyncio.run(request(server.port, "/v1/completions", {"prompt": prompt, "max_tokens": 1}))
+    return (server.cpu_seconds() - before) / _LONG_REQUESTS
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -202,9 +205,9 @@ def long_context_model() -> Iterator[Path]:
         yield folder
 
 
-def print_rows(servers: list[Server], count: int, repeats: int) -> None:
+def print_rows(servers: list[Server], paths: list[str], count: int, repeats: int) -> None:
     """Measure all servers in turns, and print one row for each endpoint."""
-    for path in BODIES:
+    for path in paths:
         costs: dict[str, list[Cost]] = {server.name: [] for server in servers}
         for _ in range(repeats):
             for server in servers:
@@ -222,28 +225,43 @@ def print_rows(servers: list[Server], count: int, repeats: int) -> None:
                 print(f"| {path} | {name} | {count} | {row} |", flush=True)
 
 
+def print_long_prompt(repeats: int) -> None:
+    """What a prompt of `LONG_PROMPT_TOKENS` adds to a request."""
+    with long_context_model() as folder:
+        tokenizer = load_tokenizer(EngineConfig(model=str(folder)), folder)
+        assert tokenizer is not None
+        text = TEXT * (LONG_PROMPT_TOKENS // len(tokenizer.encode(TEXT, add_special_tokens=False)))
+        timed = folder / "tokenising"
+        os.environ[VARIABLE] = str(timed)
+        with quire_server("quire, stand-in", folder, 8, stand_in=True) as server:
+            added, tokenising = (seconds * 1e3 for seconds in measure_long_prompt(server, timed, text, repeats))
+        print(
+            f"a prompt of {LONG_PROMPT_TOKENS} tokens adds {added:.1f} ms to a request: tokenising {tokenising:.1f}, "
+            f"the rest {added - tokenising:.1f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="100,1000")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--endpoints", default=",".join(BODIES))
     parser.add_argument("--peers", type=Path, help="folder of peers; without it vLLM is left out")
     parser.add_argument("--real", action="store_true", help="Quire with its real engine too")
     given = parser.parse_args()
+    paths = given.endpoints.split(",")
     print("| endpoint | server | streams | µs a token | ms a request | events a token |\n|---|---|---|---|---|---|")
     for count in (int(text) for text in given.streams.split(",")):
         with quire_server("quire, stand-in", BUNDLED, count, stand_in=True) as stand_in:
-            print_rows([stand_in], count, given.repeats)
+            print_rows([stand_in], paths, count, given.repeats)
         if given.real or given.peers:
             with quire_server("quire", BUNDLED, count, stand_in=False) as real:
                 if given.peers is None:
-                    print_rows([real], count, given.repeats)
+                    print_rows([real], paths, count, given.repeats)
                 else:
                     with vllm_server("vllm", given.peers.absolute(), BUNDLED, count, 18_000 + count) as peer:
-                        print_rows([real, peer], count, given.repeats)
-    with long_context_model() as folder, quire_server("quire, stand-in", folder, 8, stand_in=True) as server:
-        whole, alone = measure_long_prompt(server, folder, given.repeats)
-        rest = f"{(whole - alone) * 1e3:.1f} ms beyond tokenising"
-        print(f"prompt of {LONG_PROMPT_TOKENS} tokens: {whole * 1e3:.1f} ms, tokenising {alone * 1e3:.1f} ms: {rest}")
+                        print_rows([real, peer], paths, count, given.repeats)
+    print_long_prompt(given.repeats)
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 

@@ -15,7 +15,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -28,7 +27,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.fragile_engine import COMMAND, DEADLY
+from benchmarks.cluster_members import Cluster, Member, OpenStream, StalledStreams, make_namespaces
+from benchmarks.fragile_engine import DEADLY
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -42,6 +42,8 @@ PROMPTS = ("ROMEO:", "First Citizen:\nBefore we proceed any further, hear me spe
 CUT_SECONDS = 10.0
 SETTLE_SECONDS = 3.0
 """Time in which servers notice that a router is gone."""
+STALLED_SECONDS = 20.0
+"""A stream that gets nothing for so long is reported, with the state of the cluster."""
 FLAGS = ("--threads", "1", "--max-model-len", "1024", "--no-spare")
 
 
@@ -78,84 +80,20 @@ class Tally:
         )
 
 
-class Member:
-    """A process of `quire` at a fixed address, which can be killed and started again."""
-
-    def __init__(self, *arguments: str, url: str, namespace: str = "", source: str = "") -> None:
-        self.url = url
-        self.namespace = namespace
-        enter = ["ip", "netns", "exec", namespace] if namespace else []
-        self._command = [*enter, sys.executable, *COMMAND, *arguments]
-        paths = [*([source] if source else []), str(Path(__file__).parents[1])]
-        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, env=self._environment, stderr=subprocess.DEVNULL)
-
-    def send(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """Kill it as a machine that fails would."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    async def is_ready(self, client: httpx.AsyncClient) -> bool:
-        with suppress(httpx.HTTPError):
-            return (await client.get(f"{self.url}/health/ready", timeout=2)).status_code == 200
-        return False
-
-    def __enter__(self) -> "Member":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-
-@dataclass
-class Cluster:
-    """Servers behind one router."""
-
-    servers: list[Member]
-    router: Member
-    client: httpx.AsyncClient
-
-    async def await_servers(self, seconds: float = 180.0) -> None:
-        """Wait until the router takes requests for all servers. Raises `TimeoutError`."""
-        async with asyncio.timeout(seconds):
-            while True:
-                with suppress(httpx.HTTPError, json.JSONDecodeError):
-                    state = (await self.client.get(f"{self.router.url}/health", timeout=2)).json()
-                    if state["servers"] == len(self.servers):
-                        return
-                await asyncio.sleep(0.1)
-
-    async def num_running(self) -> int:
-        """Requests in the engines of all servers that answer."""
-        total = 0
-        for server in self.servers:
-            with suppress(httpx.HTTPError):
-                text = (await self.client.get(f"{server.url}/metrics", timeout=2)).text
-                found = re.search(r"^quire:num_requests_running(?:\{[^}]*\})? (\d+)", text, re.MULTILINE)
-                total += int(found[1]) if found else 0
-        return total
-
-
-async def ask(client: httpx.AsyncClient, url: str, kind: str, prompt: str) -> tuple[list[list[int]], float]:
+async def ask(
+    client: httpx.AsyncClient, url: str, kind: str, prompt: str, seen: OpenStream
+) -> tuple[list[list[int]], float]:
     """Tokens of each choice, and the longest time between two events. Raises `httpx.HTTPError` and `RuntimeError`."""
     body = {"prompt": prompt, "max_tokens": 200, "ignore_eos": True, "return_token_ids": True, "stream": True}
     choices: dict[int, list[int]] = {}
     last, pause = time.monotonic(), 0.0
     async with client.stream("POST", f"{url}/v1/completions", json={**body, **KINDS[kind]}) as response:
+        seen.replica = response.headers.get("x-quire-replica", url)
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code} {(await response.aread())[:200]!r}")
         is_done = "event-stream" not in response.headers["content-type"]
         async for line in response.aiter_lines():
-            now = time.monotonic()
+            now = seen.last_event = time.monotonic()
             last, pause = now, max(pause, now - last)
             is_done |= line == "data: [DONE]"
             content = line.removeprefix("data: ")
@@ -166,23 +104,28 @@ async def ask(client: httpx.AsyncClient, url: str, kind: str, prompt: str) -> tu
                 raise RuntimeError(content)
             for choice in event["choices"]:
                 choices.setdefault(choice["index"], []).extend(choice["token_ids"] or ())
+            seen.answer_id, seen.num_tokens = event["id"], sum(map(len, choices.values()))
     if not is_done:
         raise RuntimeError("the stream ended without its last event")
     return [choices[index] for index in sorted(choices)], pause
 
 
-async def stream(cluster: Cluster, expected: dict[tuple[str, str], Any], tally: Tally, until: float) -> None:
+async def stream(
+    cluster: Cluster, expected: dict[tuple[str, str], Any], tally: Tally, until: float, watched: StalledStreams
+) -> None:
     """Ask one request after the other, and at least one."""
+    me = id(asyncio.current_task())
     while True:
         kind, prompt = random.choice(list(expected))
         begun, faults = time.monotonic(), tally.faults.total()
         while True:
             deaths = tally.router_deaths
             try:
-                tokens, pause = await ask(cluster.client, cluster.router.url, kind, prompt)
+                seen = watched.streams[me] = OpenStream(f"{kind} {prompt[:10]!r}")
+                tokens, pause = await ask(cluster.client, cluster.router.url, kind, prompt, seen)
             except (httpx.HTTPError, RuntimeError) as error:
                 if tally.router_deaths == deaths and not isinstance(error, httpx.ConnectError):
-                    tally.lost.append(f"{kind}: {error!r}")
+                    tally.lost.append(f"{seen}: {error!r}")
                     break
                 if time.monotonic() - begun > 120.0:
                     tally.lost.append(f"{kind}: for two minutes {error!r}")
@@ -194,6 +137,7 @@ async def stream(cluster: Cluster, expected: dict[tuple[str, str], Any], tally: 
             if tally.faults.total() > faults:
                 tally.pauses.append(max(pause, time.monotonic() - begun if tally.router_deaths > deaths else 0.0))
             break
+        del watched.streams[me]
         if time.monotonic() >= until:
             return
 
@@ -218,6 +162,7 @@ async def break_down(cluster: Cluster, tally: Tally, streams: int, until: float)
         order = order or random.sample(faults, len(faults))
         fault, server = order.pop(), random.choice(cluster.servers)
         tally.faults[fault] += 1
+        print(f"{time.strftime('%H:%M:%S')} {fault} ({server.url})", flush=True)
         await inflict(fault, cluster, server, tally, streams)
         await cluster.await_servers()
 
@@ -264,31 +209,9 @@ async def send_deadly(cluster: Cluster, tally: Tally) -> None:
                 tally.wrong.append(f"a deadly request was answered with {answer.status_code} {answer.text[:200]}")
 
 
-def make_namespaces(stack: ExitStack, count: int) -> list[tuple[str, str]]:
-    """(Name, address) of network namespaces, each joined by a link of its own; [] where there can be none."""
-    made = []
-    for number in range(count):
-        name, network = f"quire{number}", f"10.98.{number}"
-        inside = ["ip", "-n", name]
-        commands = (
-            ["ip", "netns", "add", name],
-            ["ip", "link", "add", f"{name}h", "type", "veth", "peer", "name", "eth0", "netns", name],
-            ["ip", "address", "add", f"{network}.1/30", "dev", f"{name}h"],
-            ["ip", "link", "set", f"{name}h", "up"],
-            [*inside, "address", "add", f"{network}.2/30", "dev", "eth0"],
-            [*inside, "link", "set", "eth0", "up"],
-            [*inside, "link", "set", "lo", "up"],
-        )
-        stack.callback(subprocess.run, ["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
-        for command in commands:
-            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-                return []
-        made.append((name, f"{network}.2"))
-    return made
-
-
-async def chaos(*, seconds: float, servers: int, streams: int, base_port: int, other: str = "") -> Tally:
+async def chaos(*, seconds: float, servers: int, streams: int, base_port: int, other: str, logs: Path) -> Tally:
     """Run streams under faults for `seconds`."""
+    logs.mkdir(parents=True, exist_ok=True)
     tally = Tally()
     with ExitStack() as stack:
         spaces = make_namespaces(stack, servers)
@@ -297,10 +220,12 @@ async def chaos(*, seconds: float, servers: int, streams: int, base_port: int, o
             name, host = spaces[number] if spaces else ("", "127.0.0.1")
             port, source = base_port + 1 + number, other if number == servers - 1 else ""
             given = ("serve", "--host", host, "--port", str(port), "--allow-unauthenticated", *FLAGS)
-            members.append(Member(*given, url=f"http://{host}:{port}", namespace=name, source=source))
+            log = logs / f"server{number}.log"
+            members.append(Member(*given, url=f"http://{host}:{port}", log=log, namespace=name, source=source))
             stack.enter_context(members[-1])
         urls = ",".join(each.url for each in members)
-        router = Member("router", "--backends", urls, "--port", str(base_port), url=f"http://127.0.0.1:{base_port}")
+        asked = ("router", "--backends", urls, "--port", str(base_port))
+        router = Member(*asked, url=f"http://127.0.0.1:{base_port}", log=logs / "router.log")
         limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
             cluster = Cluster(members, router, client)
@@ -311,12 +236,15 @@ async def chaos(*, seconds: float, servers: int, streams: int, base_port: int, o
             expected = {}
             for kind in KINDS:
                 for prompt in PROMPTS:
-                    expected[kind, prompt] = (await ask(client, members[0].url, kind, prompt))[0]
+                    expected[kind, prompt] = (await ask(client, members[0].url, kind, prompt, OpenStream("")))[0]
             until = time.monotonic() + seconds
+            watched = StalledStreams(cluster, STALLED_SECONDS)
+            watching = asyncio.create_task(watched.watch())
             await asyncio.gather(
                 break_down(cluster, tally, streams, until),
-                *(stream(cluster, expected, tally, until) for _ in range(streams)),
+                *(stream(cluster, expected, tally, until, watched) for _ in range(streams)),
             )
+            watching.cancel()
             await asyncio.sleep(SETTLE_SECONDS)
             tally.orphans += await cluster.num_running()
             print((await client.get(f"{router.url}/router")).text, flush=True)
@@ -331,6 +259,7 @@ def main() -> int:
     parser.add_argument("--base-port", type=int, default=18_600, help="the router's; the servers' follow")
     parser.add_argument("--other", default="", help="folder with the sources of another version, for the last server")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", type=Path, default=Path("build/cluster_chaos"), help="folder for what they write")
     given = parser.parse_args()
     random.seed(given.seed)
     tally = asyncio.run(
@@ -340,6 +269,7 @@ def main() -> int:
             streams=given.streams,
             base_port=given.base_port,
             other=given.other,
+            logs=given.logs,
         )
     )
     print("\n".join([*tally.wrong[:3], *tally.duplicated[:3], *tally.lost[:10], str(tally)]))

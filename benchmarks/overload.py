@@ -42,10 +42,10 @@ OVERLOAD = 10
 LIGHT, HEAVY = "light-key", "heavy-key"
 
 
-def body_of(key: str) -> bytes:
-    """A request of 32 tokens, as it is sent."""
+def body_of(key: str, tokens: int = 32) -> bytes:
+    """A request of so many tokens, as it is sent."""
     prompt = f"{random.random()} What say you? "
-    body = json.dumps({"prompt": prompt, "max_tokens": 32, "ignore_eos": True, "stream": True}).encode()
+    body = json.dumps({"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
     return (
         b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         b"authorization: Bearer %b\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
@@ -68,24 +68,24 @@ class Load:
     port: int
     counts: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "refused": 0, "others": 0})
 
-    async def ask(self, key: str) -> None:
+    async def ask(self, key: str, tokens: int = 32) -> None:
         """One streamed request, read to its end."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            writer.write(body_of(key))
+            writer.write(body_of(key, tokens))
             answer = await reader.read()
             kinds = {b"200": "accepted", b"429": "refused"}
             self.counts[kinds.get(answer[9:12], "others")] += 1
         finally:
             writer.close()
 
-    async def closed(self, clients: int, seconds: float, key: str) -> None:
+    async def closed(self, clients: int, seconds: float, key: str, tokens: int = 32) -> None:
         """So many clients, each of which asks again when it was answered."""
         until = time.monotonic() + seconds
 
         async def client() -> None:
             while time.monotonic() < until:
-                await self.ask(key)
+                await self.ask(key, tokens)
 
         await asyncio.gather(*(client() for _ in range(clients)))
 
@@ -102,9 +102,9 @@ class Load:
         await asyncio.gather(*tasks)
 
 
-def generate(port: int) -> None:
+def generate(port: int, nice: int) -> None:
     """Make the load that each line of the input describes, and write what became of it."""
-    os.nice(19)
+    os.nice(nice)
     for line in sys.stdin:
         load, order = Load(port), json.loads(line)
         begin = time.monotonic()
@@ -116,8 +116,8 @@ def generate(port: int) -> None:
 class Generator:
     """The process that makes the load."""
 
-    def __init__(self, port: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.overload", "--generate", str(port)]
+    def __init__(self, port: int, nice: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.overload", "--generate", str(port), "--nice", str(nice)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     @contextmanager
@@ -257,8 +257,11 @@ def fairness(port: int, generator: Generator, seconds: float, turns: int, full_r
     print(f"fairness: TTFT of the light key beside the heavy one p50 {p50:.2f} times, p99 {p99:.2f} times that alone")
 
 
-def with_server(work: Callable[[int, Generator], None]) -> None:
-    """Run `work` with the port of a server of the bundled model, and with load."""
+def with_server(
+    work: Callable[[int, Generator], None], *, started: Callable[[int], None] = lambda pid: None, nice: int = 19
+) -> None:
+    """Run `work` with the port of a server of the bundled model, and with load of a process with this niceness.
+    `started` gets the server's pid."""
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys.toml"
         keys.write_text("".join(f'[[keys]]\nname = "{key}"\nkey = "{key}"\n' for key in (LIGHT, HEAVY)))
@@ -267,13 +270,14 @@ def with_server(work: Callable[[int, Generator], None]) -> None:
         server = subprocess.Popen(command, stderr=subprocess.PIPE)
         assert server.stderr is not None
         port, generator = 0, None
+        started(server.pid)
         try:
             while b"ready:" not in (line := server.stderr.readline()):
                 assert line, "the server has ended"
                 if b"http://" in line:
                     port = int(line.partition(b"http://")[2].split()[0].rpartition(b":")[2])
             threading.Thread(target=server.stderr.read, daemon=True).start()
-            generator = Generator(port)
+            generator = Generator(port, nice)
             work(port, generator)
         finally:
             if generator is not None:
@@ -287,9 +291,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--generate", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--nice", type=int, default=19, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.generate is not None:
-        generate(given.generate)
+        generate(given.generate, given.nice)
         return
 
     def work(port: int, generator: Generator) -> None:

@@ -2,7 +2,7 @@
 
 python -m benchmarks.routing --replicas 8 --rate 0.6 --sessions 96
 python -m benchmarks.routing --trace mooncake_conversation --traces-dir DIR --replicas 8 --num-requests 1500
-python -m benchmarks.routing --decisions
+python -m benchmarks.routing --decisions --replicas 64
 """
 
 import argparse
@@ -26,9 +26,12 @@ _COLUMNS = (
     ("refused", "refused"),
     ("prefix_hit_pct", "hit %"),
     ("of_oracle_pct", "of oracle %"),
+    ("of_equal_oracle_pct", "of oracle of equal capacity %"),
     ("ttft_p50", "TTFT p50 s"),
     ("ttft_p99", "TTFT p99 s"),
     ("most_work_to_mean", "most/mean work"),
+    ("moved", "moved"),
+    ("lost", "lost"),
 )
 
 
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--trace", default=AGENTS)
     parser.add_argument("--traces-dir", default=".")
     parser.add_argument("--replicas", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=32_768, help="of the prompts of --decisions")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--num-requests", type=int)
     parser.add_argument("--kv-slots", type=int, default=400_000)
@@ -44,10 +48,12 @@ def main() -> None:
     parser.add_argument("--device", default="H100")
     parser.add_argument("--event-delay", type=float, default=0.1)
     parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--deaths", action="append", default=[], help="SECONDS:REPLICA")
+    parser.add_argument("--rolling-update", type=float)
     parser.add_argument("--decisions", action="store_true")
     options = parser.parse_args()
     if options.decisions:
-        measure_decisions()
+        measure_decisions(options.replicas, options.prompt_tokens)
     else:
         compare(options)
 
@@ -67,13 +73,19 @@ def compare(options: argparse.Namespace) -> None:
     model, device = find_model_shape(options.model), find_device(options.device)
     print(" | ".join(["policy", *(title for _, title in _COLUMNS)]))
     for policy in options.policies.split(","):
-        cluster = ClusterSettings(cluster=options.replicas, routing=policy, event_delay=options.event_delay)
+        cluster = ClusterSettings(
+            cluster=options.replicas,
+            routing=policy,
+            event_delay=options.event_delay,
+            deaths=tuple(options.deaths),
+            rolling_update=options.rolling_update,
+        )
         figures = run_cluster(trace, model, device, settings, cluster)
         print(" | ".join([policy, *(f"{figures[name]:.2f}" for name, _ in _COLUMNS)]), flush=True)
 
 
-def measure_decisions(num_replicas: int = 64, num_tokens: int = 32_768, block_size: int = 16) -> None:
-    """Print microseconds per decision of `LeastWork` for prompts that replicas hold to different extents."""
+def measure_decisions(num_replicas: int, num_tokens: int, block_size: int = 16) -> None:
+    """Print microseconds of processor time of `LeastWork`, for prompts that replicas hold to different extents."""
     draw = random.Random(0)
     num_blocks = num_tokens // block_size
     kinds: tuple[tuple[str, Callable[[], list[int]]], ...] = (
@@ -97,9 +109,9 @@ def measure_decisions(num_replicas: int = 64, num_tokens: int = 32_768, block_si
             prompts.append(Prompt(blocks, num_tokens, block_size))
         policy, seconds = LeastWork(), []
         for prompt in prompts * 20:
-            started = time.perf_counter()
+            started = time.thread_time()  # without the time that other processes take
             policy.choose(prompt, replicas, fleet.index)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.thread_time() - started)
         seconds.sort()
         p50, p90 = (seconds[len(seconds) * percent // 100] * 1e6 for percent in (50, 90))
         print(f"{title}{', with unequal loads' if busy else ''}: {p50:.0f} µs (p90 {p90:.0f} µs)")

@@ -46,7 +46,9 @@ Written by `python scripts/write_clients_page.py`; do not edit.
 - Without API keys the Host header must be localhost, an address, `--host` or a name of `--allowed-hosts`: a web site
   whose name leads to your machine gets 403. With keys only a given list is checked.
 - The model's name is that of its folder, without the path, or `--served-model-name`.
-- Bodies may be compressed (gzip, deflate).
+- Bodies may be compressed (gzip, deflate) or sent as `curl -d` does; a slash at the end of a path changes nothing.
+- Tools on OpenAI's or Anthropic's servers, and their calls in a conversation, are left out; the header names them.
+- An `item_reference` finds items of stored responses. An assistant's text at the end of `/v1/messages` is continued.
 
 ## What each client was seen to do
 

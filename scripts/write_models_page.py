@@ -34,6 +34,17 @@ them.
 | --- | --- | --- | --- | --- |
 """
 
+THROUGH_TRANSFORMERS = """
+## Through transformers
+
+Any other decoder of transformers 5 runs on the paged cache, more slowly, if `quire-llm[transformers]` is installed. A
+line at start says so. It is looked at first: each layer must ask the library's attention interface for the heads that
+config.json names, see all earlier tokens or a window of them, and let tokens meet nowhere else; else it is refused with
+the reason. Of transformers 5.24 these give the library's greedy tokens: Afmoe, Apertus 1.5, Aria, BitNet, Cohere2-MoE,
+FlexOlmo, Granite-SWA, Granite-MoE-SWA, Granite-MoE-shared, Hunyuan V3, HyperCLOVA-X, Jais 2, Laguna, Mellum, MiniMax-M2
+and M3, NanoChat, Nemotron, OLMo, Solar-Open, VaultGemma (some in `tests/models/test_transformers_model.py`).
+"""
+
 ENCODERS = """
 ## Encoders
 
@@ -111,7 +122,7 @@ def models_page() -> str:
         lines.append(f"| {name} | `{module}.py` | {error} | {told} | {', '.join(examples.get(name, ()))} |\n")
     families = sorted(name.removesuffix("Model") for name in ENCODER_ARCHITECTURES if name.endswith("Model"))
     encoders = ENCODERS.format(endings=" or ".join(ENCODER_ENDINGS), families=", ".join(families))
-    return HEADING + "".join(lines) + encoders
+    return HEADING + "".join(lines) + THROUGH_TRANSFORMERS + encoders
 
 
 def published_sizes() -> dict[str, list[str]]:

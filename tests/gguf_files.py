@@ -64,6 +64,12 @@ _NUMBERS = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
 }
+_DELTA_NET = {
+    "ssm.conv_kernel": "conv_kernel_dim",
+    "ssm.state_size": "key_head_dim",
+    "ssm.group_count": "num_key_heads",
+    "ssm.time_step_rank": "num_value_heads",
+}
 
 
 def write_gguf(
@@ -160,6 +166,18 @@ def _split(original: str, array: Array, config: dict[str, Any]) -> list[tuple[st
         keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
         scope = stem.removesuffix("kv_b_proj")
         return [(f"{scope}k_b_proj.weight", keys.swapaxes(1, 2)), (f"{scope}v_b_proj.weight", values)]
+    if original.endswith("linear_attn.in_proj_qkvz.weight"):
+        key, value, key_heads = (
+            config[f"linear_{each}"] for each in ("key_head_dim", "value_head_dim", "num_key_heads")
+        )
+        values = config["linear_num_value_heads"] // key_heads * value
+        heads = array.reshape(key_heads, 2 * (key + values), -1)
+        parts = np.split(heads, [key, 2 * key, 2 * key + values], axis=1)
+        q, k, v, z = (part.reshape(-1, array.shape[1]) for part in parts)
+        scope = stem.removesuffix("in_proj_qkvz")
+        return [(f"{scope}in_proj_qkv.weight", np.concatenate((q, k, v))), (f"{scope}in_proj_z.weight", z)]
+    if original.endswith("linear_attn.dt_bias"):
+        return [(original.replace("dt_bias", "dt_proj.bias"), array)]
     if original.endswith("e_score_correction_bias"):
         return [(original.replace("_bias", ".bias"), array)]
     return [(original, array)]
@@ -176,6 +194,12 @@ def _changed(array: Array, original: str, arch: str, config: dict[str, Any]) -> 
         return np.ascontiguousarray(array.T)
     if arch.startswith("gemma") and original.endswith("norm.weight"):
         return array + 1
+    if arch == "qwen3next" and original.endswith("norm.weight") and not original.endswith("linear_attn.norm.weight"):
+        return array + 1
+    if original.endswith("A_log"):
+        return -np.exp(array)
+    if "conv1d" in original:
+        return array.squeeze()
     return array
 
 
@@ -224,6 +248,9 @@ def _metadata(config: dict[str, Any]) -> dict[str, Any]:
         found["expert_weights_scale"] = float(config["routed_scaling_factor"])
         if config["model_type"] == "deepseek_v3":
             found |= {"expert_gating_func": 2, "expert_weights_norm": config["norm_topk_prob"]}
+    if "linear_num_value_heads" in config:
+        found |= {key: config[f"linear_{name}"] for key, name in _DELTA_NET.items()}
+        found["ssm.inner_size"] = config["linear_value_head_dim"] * config["linear_num_value_heads"]
     if config["model_type"] == "gpt_oss":
         found["expert_feed_forward_length"] = config["intermediate_size"]
     if "use_parallel_residual" in config:

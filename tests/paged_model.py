@@ -12,7 +12,8 @@ from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.attention.recurrence import plan_recurrence
 from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for, reference
-from quire.kernels.interface import StateLayer
+from quire.kernels.interface import Packing, StateLayer
+from quire.layers.pipe import Pipe
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -35,6 +36,8 @@ class PagedModel:
         kv_dtype: torch.dtype = torch.float32,
         config: ModelConfig | None = None,
         shards: Shards | None = None,
+        packing: Packing | None = None,
+        pipe: Pipe | None = None,
     ) -> None:
         self.config = config = config or ModelConfig.from_folder(folder)
         kernels = kernels or kernels_for("cpu")
@@ -45,6 +48,8 @@ class PagedModel:
             dtype,
             max_model_len=max_model_len,
             shards=shards,
+            packing=packing,
+            pipe=pipe,
         )
         self.block_size = block_size
         blocks_per_sequence = -(-(max_model_len or config.context_length) // block_size)
@@ -71,7 +76,8 @@ class PagedModel:
     def step(
         self, tokens: dict[int, Sequence[int]], read: dict[int, int] | None = None, *, replan: bool = True
     ) -> dict[int, Tensor]:
-        """Sequence → its next tokens; returns sequence → logits [its new tokens, vocab_size].
+        """Sequence → its next tokens; returns sequence → logits [its new tokens, vocab_size], or what a stage that is
+        not the last passes on.
 
         With `read` only that many last tokens of each sequence are read; `replan`: they get a plan of their own.
         """
@@ -107,7 +113,8 @@ class PagedModel:
                 recurrence,
             )
             hidden = self.model(ids, context)
-            logits = self.model.logits(hidden)
+            is_whole = self.config.stage is None or self.config.stage.is_last
+            logits = self.model.logits(hidden) if is_whole else hidden
         assert logits.dtype == torch.float32
         return dict(zip(tokens, logits.split(counts), strict=True))
 

@@ -166,7 +166,7 @@ def test_what_a_notebook_shows(llm: LLM) -> None:
         ({"speculative_config": {"prompt_lookup_min": 9}}, "prompt_lookup_min is 9, more than prompt_lookup_max 8"),
         ({"scheduling_policy": "sjf"}, "scheduling_policy is 'sjf'; it must be one of fcfs, shortest, fair"),
         ({"admission": "all"}, "admission is 'all'; it must be one of current, predicted"),
-        ({"pipeline_parallel_size": 2}, "is 2; it must be 1: Quire divides every layer; see tensor_parallel_size"),
+        ({"decode_context_parallel_size": 2}, "is 2; it must be 1: Quire divides every layer; see tensor_parallel"),
         ({"trust_remote_code": True}, "is True; it must be False: Quire never runs code from a checkpoint"),
         ({"quantization": "int3"}, "quantization is 'int3'; it must be one of int8, int4, int4-fast, or left out"),
     ],

@@ -28,15 +28,15 @@ def test_what_asks_for_nothing_is_accepted_and_the_rest_refused(name: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["serve", "--pipeline-parallel-size", "2"], "pipeline_parallel_size is 2; it must be 1"),
-        (["serve", "--pipeline_parallel_size=4"], "pipeline_parallel_size is 4; it must be 1"),
+        (["serve", "--decode-context-parallel-size", "2"], "decode_context_parallel_size is 2; it must be 1"),
+        (["serve", "--decode_context_parallel_size=4"], "decode_context_parallel_size is 4; it must be 1"),
         (["serve", "--trust-remote-code"], "trust_remote_code is True; it must be False"),
         (["serve", "--no-enable-chunked-prefill"], "enable_chunked_prefill is False; it must be True"),
         (["serve", "--chat-template", "a.jinja"], "leave it out: put it into the model's folder"),
         (["generate", "x", "--fully-sharded-loras"], "fully_sharded_loras is True"),
         (["chat", "--cpu-offload-gb", "4"], "cpu_offload_gb is 4; it must be 0"),
         (["plan", "--hf-overrides", "x"], "write it into the model's config.json"),
-        (["bench", "throughput", "--pipeline-parallel-size", "2"], "pipeline_parallel_size is 2"),
+        (["bench", "throughput", "--decode-context-parallel-size", "2"], "decode_context_parallel_size is 2"),
         # The pasted flags before it ask for nothing; the last one is wrong.
         (
             *(
@@ -64,9 +64,9 @@ def test_pasted_flags(arguments: list[str], said: str, capsys: pytest.CaptureFix
 
 def test_the_help_does_not_show_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--help"]) == 0
-    assert "pipeline-parallel" not in capsys.readouterr().out
+    assert "context-parallel" not in capsys.readouterr().out
     assert run(["serve", "--show-config"]) == 0
-    assert "pipeline-parallel" not in capsys.readouterr().out
+    assert "context-parallel" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.kv_events_config import KVEventsConfig
+from quire.kv_transfer_config import KVTransferConfig
 from quire.option_values import parse_size, parse_tokens
 from quire.quantization import METHODS
 from quire.request import POOLINGS, TASKS
@@ -70,6 +71,7 @@ _INTEGERS = {
     "max_loras": (1, 2**12),
     "max_lora_rank": (1, 2**12),
     "tensor_parallel_size": (1, 64),
+    "pipeline_parallel_size": (1, 64),
     "data_parallel_size": (1, 64),
     "threads": (1, 1024),
 }
@@ -167,6 +169,9 @@ class EngineConfig:
     kv_events_config: KVEventsConfig | None = None
     """Publish what the KV cache holds, as vLLM does, for routers: JSON such as {"endpoint": "tcp://*:5557"} (needs the
     events extra)."""
+    kv_transfer_config: KVTransferConfig | None = None
+    """Give KV blocks of the disk tier to other engines, or fetch theirs: JSON such as {"kv_role": "kv_consumer",
+    "kv_peers": ["10.0.0.1:14579"], "kv_key_file": "kv.key"}."""
     task: str = "auto"
     """What the model is for: generate, embed, classify, score. auto takes it from the folder: encoders, classifiers and
     folders with modules.json make vectors, decoders generate. A decoder scores by its tokens yes and no."""
@@ -203,6 +208,9 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Processes (ranks) that hold the model together, each a part of every layer: on cards one each, on a CPU one for
     each NUMA node."""
+    pipeline_parallel_size: int = 1
+    """Stages that the model's layers are cut into, each on ranks of its own: memory is shared out, and steps pass them
+    one after the other."""
     data_parallel_size: int = 1
     """Engines behind one server, each with all of the model; a prompt goes to the one that holds most of its blocks.
     Only while serving."""
@@ -275,6 +283,8 @@ class EngineConfig:
             object.__setattr__(self, "speculative_config", SpeculativeConfig.read(self.speculative_config))
         if self.kv_events_config is not None:
             object.__setattr__(self, "kv_events_config", KVEventsConfig.read(self.kv_events_config))
+        if self.kv_transfer_config is not None:
+            object.__setattr__(self, "kv_transfer_config", KVTransferConfig.read(self.kv_transfer_config))
         for name in ("served_model_name", "logits_processors", "lora_modules"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
@@ -293,15 +303,33 @@ class EngineConfig:
                 f"{option} is {getattr(self, option)!r}, but stored blocks are found by the prefix cache, "
                 "which is off; enable it or leave the tier out"
             )
+        if self.kv_transfer_config is not None and not self.disk_cache:
+            raise ConfigError(
+                "kv_transfer_config is given, but blocks are given from the disk tier and fetched as those of one; "
+                "give disk_cache too, such as /dev/shm/quire to keep them in memory"
+            )
+        if self.kv_transfer_config is not None and self.data_parallel_size > 1:
+            raise ConfigError(
+                f"kv_transfer_config is given and data_parallel_size is {self.data_parallel_size}: all engines would "
+                "listen at one port; start a server for each engine"
+            )
 
     def _check_ranks(self) -> None:
-        """What one rank keeps is of no use to another, and all ranks must compute the same rows of logits."""
-        for name in ("disk_cache", "weights_cache", "enable_lora", "speculative_config", "async_scheduling"):
-            if self.tensor_parallel_size > 1 and getattr(self, name):
+        """What one rank keeps is of no use to another, and all ranks must compute the same rows of logits. Blocks of
+        stages differ in size, so as many bytes of a host tier are not as many blocks."""
+        option = "tensor_parallel_size" if self.tensor_parallel_size > 1 else "pipeline_parallel_size"
+        tiers = ("disk_cache", "swap_space") if self.pipeline_parallel_size > 1 else ("disk_cache",)
+        for name in (*tiers, "weights_cache", "enable_lora", "speculative_config", "async_scheduling"):
+            if self.num_ranks > 1 and getattr(self, name):
                 raise ConfigError(
-                    f"tensor_parallel_size is {self.tensor_parallel_size}, but {name} is {getattr(self, name)!r}, "
+                    f"{option} is {getattr(self, option)}, but {name} is {getattr(self, name)!r}, "
                     "which needs one rank; leave one of them out"
                 )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def make_folders(self) -> None:
         """Make the folders of the disk tier and of packed weights, before anything slow begins.

@@ -49,11 +49,14 @@ class KVLayout:
     @classmethod
     def of(cls, spec: ModelSpec) -> "KVLayout":
         """The layout for a model. Raises `ConfigError` where layers keep rows of different sizes."""
+        if spec.all_kvs:
+            return cls.of_layers(spec.all_kvs, dealt=True)._part(spec.first_kv, len(spec.kvs))
         return replace(cls.of_layers(spec.kvs), keeps_all=spec.is_encoder)
 
     @classmethod
-    def of_layers(cls, layers: Sequence[KVSpec]) -> "KVLayout":
-        """The layout for layers that keep these rows."""
+    def of_layers(cls, layers: Sequence[KVSpec], *, dealt: bool = False) -> "KVLayout":
+        """The layout for layers that keep these rows. `dealt`: layers of a kind go to its groups in turn, so that any
+        stage of the model has about as many layers of each group."""
         sizes = {(kv.num_heads, kv.key_dim, kv.value_dim) for kv in layers}
         if len(sizes) > 1:
             found = " and ".join(f"{heads} heads of {key} + {value}" for heads, key, value in sorted(sizes))
@@ -65,11 +68,20 @@ class KVLayout:
         windows = sorted(kinds, key=lambda window: -window if window else float("-inf"))
         size = _layers_per_group({window: len(indices) for window, indices in kinds.items()})
         groups = [
-            KVGroup(layers[kinds[window][0]].kind, window, tuple(kinds[window][first : first + size]))
+            KVGroup(layers[kinds[window][0]].kind, window, tuple(members))
             for window in windows
-            for first in range(0, len(kinds[window]), size)
+            for members in _divide(kinds[window], size, dealt=dealt)
         ]
         return cls(tuple(groups), layers[0])
+
+    def _part(self, first: int, count: int) -> "KVLayout":
+        """The same groups with `count` layers from `first` on alone; a group may be left with none."""
+        own = range(first, first + count)
+        groups = (
+            replace(group, layers=tuple(layer - first for layer in group.layers if layer in own))
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -127,6 +139,14 @@ def window_alignment(block_size: int, *, batch_invariant: bool) -> int:
     """The `alignment` of this engine: batch-invariant plans begin at multiples of 256 keys, and pairs of bfloat16 at
     even ones, which matters where blocks begin at odd ones."""
     return INVARIANT_ALIGNMENT if batch_invariant else 1 + block_size % 2
+
+
+def _divide(layers: list[int], size: int, *, dealt: bool) -> list[list[int]]:
+    """Groups of at most `size` layers."""
+    number = -(-len(layers) // size)
+    if dealt:
+        return [layers[place::number] for place in range(number)]
+    return [layers[first : first + size] for first in range(0, len(layers), size)]
 
 
 def _layers_per_group(num_layers: dict[int, int]) -> int:

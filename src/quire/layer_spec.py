@@ -9,7 +9,7 @@ Names are Quire's own, not the checkpoint's; a layer that is packed from several
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,6 +247,10 @@ class ModelSpec:
     """Matrices of an image encoder."""
     kept: KeptBits | None = None
     """None: no matrix keeps the bits of its checkpoint, but for those in MXFP4."""
+    all_kvs: tuple[KVSpec, ...] = ()
+    """In one stage of a model: what each layer of the whole leaves in the KV cache."""
+    first_kv: int = 0
+    """Index among them of the stage's first."""
 
     @property
     def num_layers(self) -> int:
@@ -258,7 +262,7 @@ class ModelSpec:
 
     @property
     def vocab_size(self) -> int:
-        return self.embedding.num_outputs
+        return (self.head or self.embedding).num_outputs
 
     @property
     def num_head_parameters(self) -> int:
@@ -268,8 +272,7 @@ class ModelSpec:
     @property
     def tables(self) -> tuple[LinearSpec, ...]:
         """Tables that only give rows; no quantisation touches them."""
-        tokens = () if self.tied else (self.embedding,)
-        return tokens if self.positions is None else (*tokens, self.positions)
+        return tuple(each for each in (None if self.tied else self.embedding, self.positions) if each is not None)
 
     @property
     def expert_layers(self) -> tuple[tuple[ExpertsSpec, int], ...]:
@@ -295,7 +298,7 @@ class ModelSpec:
     @property
     def num_vector_parameters(self) -> int:
         """Parameters of norms and biases."""
-        return _total(self.vectors) + sum(_total(layer.vectors) for layer in self.layers)
+        return sum(each.size for part in (self.vectors, *(layer.vectors for layer in self.layers)) for each in part)
 
     @property
     def num_parameters(self) -> int:
@@ -346,11 +349,13 @@ class ModelSpec:
         return sum(layer.attention.operations_per_pair for layer in self.layers)
 
     def layer_bytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Memory of the layers' matrices, every expert's included."""
+        """Memory of the layers' matrices, every expert's included, with what a quantisation may add to some."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
         matrices = (matrix for layer in self.layers for matrix in layer.matrices)
         total = sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
-        return total if self.kept is None or quantization else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
+        if quantization is not None:
+            return total + METHODS[quantization].extra_bytes(0 if self.expert_layers else self.layer_parameters)
+        return total if self.kept is None else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
@@ -362,9 +367,7 @@ class ModelSpec:
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of what is packed: the layers' matrices, the head, projections and an encoder."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
-        projections = sum(
-            matrix.weight_bytes(dtype, weight_format) for matrix in (*self.projections, *self.image_encoder)
-        )
+        projections = sum(each.weight_bytes(dtype, weight_format) for each in (*self.projections, *self.image_encoder))
         return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization) + projections
 
     def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:
@@ -394,7 +397,3 @@ class ModelSpec:
 def _passed_on(linears: Sequence[LinearSpec]) -> int:
     """Elements between the first and the last of several dense layers: all outputs but the last, and its input."""
     return sum(linear.num_outputs for linear in linears[:-1]) + linears[-1].num_inputs
-
-
-def _total(vectors: Iterable[VectorSpec]) -> int:
-    return sum(vector.size for vector in vectors)

@@ -71,6 +71,10 @@ class BegunPrompt:
     """By sample; samples that are missing have no tokens yet."""
 
 
+class PrefilledPrompt(list[int]):
+    """A prompt that another engine has just computed: its blocks can be fetched from there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and what to make of it. All values are final: no default is looked up later."""
@@ -106,6 +110,8 @@ class Request:
     """The account: the client's API key, or its name for a user. Shares are fair between tenants."""
     workload: str = ""
     """The purpose: route and system prompt. Requests of one tenant and workload have answers of similar length."""
+    prefilled: bool = False
+    """Another engine has just computed the prompt; see `PrefilledPrompt`."""
     num_returned: int = 0
     """Return only so many of the params' n samples, those of highest cumulative log-probability, at the end. 0: return
     all, as they come."""

@@ -390,10 +390,10 @@ def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
 
 
 def _check_extra(extra: object) -> None:
+    if isinstance(extra, Mapping) and len(extra) > MAX_EXTRA:
+        raise RequestError(f"extra holds {len(extra)} labels; at most {MAX_EXTRA} are allowed", param="extra")
     if not isinstance(extra, Mapping) or not all(isinstance(t, str) for pair in extra.items() for t in pair):
         raise RequestError(f"extra is {brief(extra)}; it must map texts to texts", param="extra")
-    if len(extra) > MAX_EXTRA:
-        raise RequestError(f"extra holds {len(extra)} labels; at most {MAX_EXTRA} are allowed", param="extra")
     longest = max((len(text) for pair in extra.items() for text in pair), default=0)
     if longest > MAX_EXTRA_CHARS:
         text = f"extra holds a text of {longest} characters; at most {MAX_EXTRA_CHARS} are allowed"

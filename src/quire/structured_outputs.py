@@ -86,8 +86,16 @@ class StructuredOutputsParams:
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
+class CompactJson(str):
+    """A JSON object that the caller has written without blanks: it is not read and written again."""
+
+    __slots__ = ()
+
+
 def _schema_text(schema: object) -> str:
     """The schema as compact JSON, so that equal schemas are equal texts."""
+    if isinstance(schema, CompactJson):
+        return str(schema)
     try:
         if isinstance(schema, str):
             _check_text("json", schema)

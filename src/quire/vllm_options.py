@@ -50,10 +50,7 @@ _FOLDER = "hub files are in the cache of huggingface_hub; set HF_HOME to move it
 
 FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
     {
-        **dict.fromkeys(
-            ("pipeline_parallel_size", "decode_context_parallel_size"),
-            ForeignOption((1,), _RANKS),
-        ),
+        "decode_context_parallel_size": ForeignOption((1,), _RANKS),
         "enable_expert_parallel": _switch("Quire divides every expert; see tensor_parallel_size"),
         "distributed_executor_backend": ForeignOption(("mp", "uni"), "ranks are processes of one machine"),
         "worker_use_ray": _switch("ranks are processes of one machine; replicas on Ray: quire cluster serve"),
@@ -80,7 +77,6 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "enable_sleep_mode": _switch("Quire holds its memory; stop the server to free it"),
         "cpu_offload_gb": ForeignOption((0,), "Quire keeps all weights on the device; try quantization or device cpu"),
         "calculate_kv_scales": _switch("Quire's KV types need no scales; see kv_cache_dtype"),
-        "kv_transfer_config": ForeignOption((), "Quire passes KV between processes by disk_cache"),
         "fully_sharded_loras": _switch("adapters need one rank"),
         "max_cpu_loras": _ignored("adapters that are not in one of max_loras slots are read from their folders"),
         "mm_processor_kwargs": ForeignOption(({},), "images are resized as the model's preprocessor_config.json says"),
@@ -140,6 +136,7 @@ RENAMED = MappingProxyType(
         **dict.fromkeys(("n_threads", "num_threads"), "threads"),
         **dict.fromkeys(("model_path", "model_name", "model_id"), "model"),
         **dict.fromkeys(("tp", "tp_size"), "tensor_parallel_size"),
+        **dict.fromkeys(("pp", "pp_size"), "pipeline_parallel_size"),
         "tokenizer_path": "tokenizer",
         "torch_dtype": "dtype",
         "disable_cuda_graph": "enforce_eager",

@@ -123,6 +123,27 @@ def test_engine_and_server_flags_have_vllms_names(capsys: pytest.CaptureFixture[
             for command in (["serve"], ["generate", "x"], ["chat"], ["bench", "latency"])
         ),
         (["serve", "--weights-cache", "/proc/quire"], "weights_cache is '/proc/quire', which cannot be used"),
+        (["serve", "--max-num-seqs", "2.5"], "--max-num-seqs is 2.5; it must be a whole number"),
+        (["plan", "--users", "2.5"], "--users is 2.5; it must be a whole number"),
+        (["serve", "a", "b c"], "unexpected argument 'b c'; see --help"),
+        (["bench", "latency", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["bench", "latency", "--num-iters", "0"], "num_iters is 0; it must be at least 1"),
+        (["bench", "latency", "--num-iters-warmup", "-1"], "num_iters_warmup is -1; it must be at least 0"),
+        (["bench", "startup", "--num-iters", "0"], "num_iters is 0; it must be at least 1"),
+        (["bench", "throughput", "--dataset", "c4"], "dataset is 'c4'; it must be one of random"),
+        (["bench", "serve", "--num-prompts", "0"], "num_prompts is 0; it must be at least 1"),
+        (["bench", "serve", "--range-ratio", "2"], "range_ratio is 2.0; it must be from 0 to 1"),
+        (["bench", "serve", "--percentiles", "101"], "percentiles has 101; each must be from 0 to 100"),
+        *(
+            ([*command, "/no/folder/x"], "There is no folder /no/folder")
+            for command in (["bench", "latency", "--output-json"], ["simulate", "--json"], ["plan", "--measure"])
+        ),
+        *(
+            (["ps", "--url", url], f"url is {url!r}; give one such as")
+            for url in ("x", "http://[::1", "http://a:99999", "http://a:b", "http://a b", "ftp://a")
+        ),
+        (["chat", "--url", "http://a:b"], "url is 'http://a:b'"),
+        (["router", "--backends", "http://a:b"], "backends has 'http://a:b', which is no URL"),
         (["bench", "nothing"], 'Unknown command "nothing"'),
     ],
 )
@@ -170,6 +191,8 @@ def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "./no-such-model"]) == 3
     assert "./no-such-model is neither a folder nor a GGUF file" in capsys.readouterr().err
+    assert run(["pull", ""]) == 3
+    assert "quire: '' is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

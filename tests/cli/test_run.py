@@ -27,6 +27,11 @@ sys.exit(0 if asyncio.run(serve(engine, settings, bind(settings), report=lambda 
 """
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

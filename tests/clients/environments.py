@@ -56,6 +56,8 @@ def make_environment(client: RealClient, folder: Path) -> None:
     """Install `client` in `folder`, unless it is there. Raises `OSError` or `CalledProcessError`."""
     stamp = folder / _STAMP
     if stamp.exists() and stamp.read_text().splitlines() == client.pins:
+        if client.behind:
+            put_behind(folder)  # it may have been made for another checkout, which is gone
         return
     print(f"installing {', '.join(client.pins)}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -80,15 +82,15 @@ def install_python(client: RealClient, folder: Path) -> None:
         return
     venv.create(folder, with_pip=True)
     if client.behind:
-        (site,) = folder.glob("lib/python*/site-packages")
-        (site / "behind.pth").write_text("\n".join(map(str, _packages_here())) + "\n")
+        put_behind(folder)
     _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pinned)
 
 
-def _packages_here() -> list[Path]:
-    """Where this environment keeps Quire and its dependencies."""
-    site = Path(sysconfig.get_path("purelib"))
-    return [site, ROOT / "src"]
+def put_behind(folder: Path) -> None:
+    """Let the environment in `folder` find Quire and its dependencies in this one."""
+    (site,) = folder.glob("lib/python*/site-packages")
+    here = Path(sysconfig.get_path("purelib")), ROOT / "src"
+    (site / "behind.pth").write_text("\n".join(map(str, here)) + "\n")
 
 
 def _run(*command: str) -> None:

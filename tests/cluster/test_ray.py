@@ -21,7 +21,7 @@ import pytest
 from quire.cluster.scaling import EngineNumbers
 from quire.errors import ConfigError
 from tests.cluster.test_application import serve_config
-from tests.router.processes import Process
+from tests.router.processes import Process, free_port
 
 pytestmark = [
     pytest.mark.cluster,
@@ -105,10 +105,11 @@ def test_replicas_on_ray(tmp_path: Path) -> None:
     """One cluster, as it takes a minute to start: streams while replicas are killed, updated, added and removed."""
     options = ("--num-cpus", "0.5", "--threads", "1", "--upscale-delay", "1", "--downscale-delay", "20")
     cluster = Process("cluster", "serve", "--replicas", "2", *options)
-    url = "http://127.0.0.1:18431"
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     with cluster:
-        cluster.start(port=18_431)
-        cluster.await_ready(600)
+        cluster.start(port=port)
+        cluster.await_ready(1200)
         await_servers(url, {2})
         whole = ask(url)
         kill_under_a_stream(url, whole)
@@ -118,15 +119,15 @@ def test_replicas_on_ray(tmp_path: Path) -> None:
                 "cluster", "serve", "--replicas", "1", "--max-replicas", "2", *options, "--address", "auto"
             )
             with update:
-                update.start(port=18_431)
-                update.await_ready(600)
-                assert "listening on http://127.0.0.1:18431" in "".join(update.lines)
+                update.start(port=port)
+                update.await_ready(1200)
+                assert f"listening on {url}" in "".join(update.lines)
                 await_servers(url, {1})
                 assert num_right() > 0
                 deep = {**PROMPT, "max_tokens": 450}
                 with ThreadPoolExecutor(40) as pool:  # more than one replica can hold
                     asked = [
-                        pool.submit(httpx.post, f"{url}/v1/completions", json=deep, timeout=300) for _ in range(40)
+                        pool.submit(httpx.post, f"{url}/v1/completions", json=deep, timeout=900) for _ in range(40)
                     ]
                     await_servers(url, {2})
                     assert {each.result().status_code for each in asked} == {200}
@@ -136,7 +137,7 @@ def test_replicas_on_ray(tmp_path: Path) -> None:
 
 
 def ask(url: str) -> str:
-    return texts(httpx.post(f"{url}/v1/completions", json=PROMPT, timeout=300).text)
+    return texts(httpx.post(f"{url}/v1/completions", json=PROMPT, timeout=900).text)
 
 
 @contextlib.contextmanager
@@ -159,7 +160,7 @@ def asking(url: str, whole: str) -> Iterator[Callable[[], int]]:
         worker.join()
 
 
-def await_servers(url: str, wanted: set[int], seconds: float = 300.0) -> None:
+def await_servers(url: str, wanted: set[int], seconds: float = 900.0) -> None:
     deadline, last = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
@@ -172,7 +173,7 @@ def await_servers(url: str, wanted: set[int], seconds: float = 300.0) -> None:
 
 def kill_under_a_stream(url: str, whole: str) -> None:
     """Its stream goes on at the other replica with the same text."""
-    with httpx.stream("POST", f"{url}/v1/completions", json=PROMPT, timeout=120) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=PROMPT, timeout=600) as response:
         served = int(response.headers["x-quire-replica"].rpartition(":")[2])
         parts = []
         for part in response.iter_text():
@@ -189,18 +190,19 @@ def listener_of(port: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "port", "message"),
+    ("arguments", "message"),
     [
-        (("--address", "127.0.0.1:9"), 18_432, "no Ray cluster answers at 127.0.0.1:9"),
-        ((), 18_433, "cannot listen on 127.0.0.1:18433: address already in use"),
-        (("no/such/model",), 18_434, "the replicas did not start: "),
+        (("--address", "127.0.0.1:9"), "no Ray cluster answers at 127.0.0.1:9"),
+        ((), "cannot listen on 127.0.0.1:{port}: address already in use"),
+        (("no/such/model",), "the replicas did not start: "),
     ],
 )
-def test_what_cannot_start_says_why(arguments: tuple[str, ...], port: int, message: str) -> None:
-    with socket.create_server(("127.0.0.1", 18_433)):
+def test_what_cannot_start_says_why(arguments: tuple[str, ...], message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = free_port() if arguments else int(taken.getsockname()[1])
         command = Process("cluster", "serve", *arguments)
         with command:
             command.start(port=port)
             status = command._process.wait(400)
-        assert (status, message in "".join(command.lines)) == (2, True), command.lines
+        assert (status, message.format(port=port) in "".join(command.lines)) == (2, True), command.lines
         assert "Traceback" not in "".join(command.lines)

@@ -73,8 +73,10 @@ def test_a_gguf_file_is_stored_anew(tmp_path: Path) -> None:
     assert 0 < (before - after).abs().max() < 0.1 * before.abs().max()
 
 
-def test_floats_go_back_to_the_hubs_form(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "m", "gpt2")
+@pytest.mark.parametrize(("family", "changes"), [("gpt2", {}), ("gemma2", {"query_pre_attn_scalar": 32})])
+def test_floats_go_back_to_the_hubs_form(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """transformers, which checks the types of config.json, reads what came out of a GGUF file."""
+    folder = make_checkpoint(tmp_path / "m", family, **changes)
     path = convert_model(to_gguf(folder), Target.parse("fp32"), tmp_path / "back").path
     ids = prompt(30)
     assert_close(expected_logits(path, ids), expected_logits(folder, ids))
@@ -92,6 +94,7 @@ def test_every_architecture_has_transformers_type() -> None:
     [
         ("qwen2-window", "its layer_windows is .* and a reader of the file would take it for"),
         ("llama-rope-dynamic", "rope_type dynamic cannot be written as GGUF"),
+        ("qwen3-next", "Qwen3NextForCausalLM cannot be written as GGUF; supported: LlamaForCausalLM"),
         ("opt", "OPTForCausalLM cannot be written as GGUF; supported: LlamaForCausalLM"),
         ("phi-norms", "tensors of this PhiForCausalLM have no place in GGUF"),
     ],

@@ -14,8 +14,11 @@ from quire import LLM, SamplingParams
 from quire.convert.run import convert_model
 from quire.convert.target import Target
 from quire.errors import CheckpointError, ConfigError
-from quire.kernels import cpu
+from quire.kernels import cpu, kernels_for
+from quire.model_config import ModelConfig
 from quire.model_config.packed_folder import PACKED_FILE
+from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.more_bits import MoreBits
 from tests.checkpoints import make_checkpoint
 from tests.models.parity import prompt
 from tests.paged_model import PagedModel
@@ -47,7 +50,8 @@ def test_weights_are_those_of_a_fresh_quantisation(
     family: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_checkpoint(tmp_path / "m", family)
-    expected = PagedModel(folder, to).step({0: prompt(30)})[0]
+    more = MoreBits.choose(ModelConfig.from_folder(folder), open_checkpoint(folder), to)
+    expected = PagedModel(folder, to, packing=more.around(kernels_for("cpu"))).step({0: prompt(30)})[0]
     made = convert(folder, to)
     packed: list[object] = []
     monkeypatch.setattr(

@@ -15,8 +15,10 @@ import pytest
 
 from quire import AsyncLLM, EngineConfig, SamplingParams
 from quire.engine import engine_child, engine_client, spare_child
+from quire.engine.breaker import Breaker
 from quire.engine.chat_template_process import ChatTemplateProcess
 from quire.engine.grammar_checker import AsyncGrammarChecker
+from quire.engine.group_signals import GROUP_SIGNALS
 from quire.errors import (
     CheckpointError,
     DeadlineError,
@@ -121,8 +123,11 @@ def test_an_engine_that_does_not_advance_is_replaced(monkeypatch: pytest.MonkeyP
 
 def test_an_idle_engine_that_was_stopped_is_replaced_when_a_request_comes() -> None:
     async def test(engine: AsyncLLM) -> None:
-        await innocent(engine, [5])
         pid = engine.engine_pid
+        for number in GROUP_SIGNALS:  # they are left to the process that answers clients
+            os.kill(pid, number)
+        await innocent(engine, [5])
+        assert engine.engine_pid == pid
         os.kill(pid, signal.SIGSTOP)
         await all_innocent(engine)
         assert engine.engine_pid != pid
@@ -241,24 +246,73 @@ def test_a_registered_prefix_is_kept_through_deaths() -> None:
 
 def test_a_spare_replaces_a_dead_engine_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spare_child, "DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(spare_child, "MAX_DELAY", 0.0)
 
     async def test(engine: AsyncLLM) -> None:
         spare = engine._client._spare
-        for _ in range(2):
-            await until(lambda: spare._child is not None and spare._child.is_idle)
+
+        async def next_pid(before: int = 0) -> int:
+            await until(lambda: spare._child is not None and spare._child.pid != before and spare._child.is_idle)
             assert spare._child is not None
-            pid = spare._child.pid
-            os.kill(engine.engine_pid, signal.SIGKILL)
-            await all_innocent(engine)
-            assert engine.engine_pid == pid
-        await until(lambda: spare._child is not None and spare._child.is_idle)
-        assert spare._child is not None
-        os.kill(spare._child.pid, signal.SIGKILL)  # a spare that has died is not used
-        await until(lambda: spare._child is not None and spare._child.exit_code is not None)
+            return spare._child.pid
+
+        pid = await next_pid()
+        os.kill(pid, signal.SIGKILL)  # one that died is replaced
+        pid = await next_pid(pid)
         os.kill(engine.engine_pid, signal.SIGKILL)
         await all_innocent(engine)
+        assert engine.engine_pid == pid
+        pid = await next_pid()
+        os.kill(pid, signal.SIGSTOP)  # one that was stopped would load for ever
+        await until(lambda: spare._child is not None and spare._child.is_stopped)
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        await all_innocent(engine)
+        assert engine.engine_pid != pid
+        await until(lambda: not spare._dying)
 
     run(test, spare=True)
+
+
+def test_a_process_that_the_system_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine and its spare alike: descriptors, processes and threads come back."""
+    monkeypatch.setattr(spare_child, "DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(spare_child, "MAX_DELAY", 0.0)
+    monkeypatch.setattr(engine_client, "Breaker", QuickBreaker)
+    spawn, num_refused = engine_child.EngineChild.spawn, 0
+    errors = [OSError(24, "Too many open files"), RuntimeError("can't start new thread"), BlockingIOError(11, "again")]
+
+    async def scarce() -> engine_child.EngineChild:
+        nonlocal num_refused
+        if num_refused < 3:
+            num_refused += 1
+            raise errors[num_refused - 1]
+        return await spawn()
+
+    async def test(engine: AsyncLLM) -> None:
+        nonlocal num_refused
+        spare = engine._client._spare
+        await until(lambda: spare._child is not None and spare._child.is_idle)
+        monkeypatch.setattr(engine_child.EngineChild, "spawn", scarce)
+        assert spare._child is not None
+        os.kill(spare._child.pid, signal.SIGKILL)
+        await until(lambda: num_refused == 3 and spare._child is not None and spare._child.is_idle)
+        num_refused = 0
+        taken = spare.take()
+        assert taken is not None
+        await taken.end()
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        await all_innocent(engine)
+        assert num_refused == 3
+
+    run(test, spare=True)
+
+
+class QuickBreaker(Breaker):
+    """Counts and does not wait."""
+
+    def count_death(self, *, progress: bool) -> float:
+        super().count_death(progress=progress)
+        return 0.0
 
 
 async def innocent_when_up(engine: AsyncLLM) -> None:

@@ -107,7 +107,7 @@ def test_a_process_that_does_not_start_is_no_mistake_of_a_client(
     with monkeypatch.context() as patch:
         patch.setattr(expendable, "START_SECONDS", 0.0)
         patch.setattr(reader._process, "_seconds", 1e-3)
-        with pytest.raises(EngineUnavailableError, match="the process that reads images has ended"):
+        with pytest.raises(EngineUnavailableError, match="the process that reads images did not answer"):
             reader.read(picture)
     assert reader.read(picture).parts
 

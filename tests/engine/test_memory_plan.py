@@ -151,3 +151,21 @@ def test_the_plan_of_the_bundled_model_is_what_loading_it_takes(tmp_path: Path) 
     weights = (bundled_folder() / "model.safetensors").stat().st_size
     # Norms are widened to float32; the tied table is held once.
     assert weights * 0.98 < plan.weights < weights * 1.02
+
+
+def test_the_stage_with_the_smallest_pool_decides(model: ModelConfig) -> None:
+    """Here the last one has the most layers beside an end."""
+    model = replace(model, num_layers=5, layer_windows=(0,) * 5, vocab_size=10)
+    config = EngineConfig(pipeline_parallel_size=2, tensor_parallel_size=2, kv_cache_memory=2**20)
+    plan = plan_memory(config, model, available=GIB)
+    assert plan.num_ranks == 4
+    assert plan.available == GIB // 4
+    assert plan.kv_bytes_per_token == 3 * 2 * 1 * 16 * 2  # layers, keys and values, heads, head_dim, bytes
+    assert plan.num_blocks == 2**20 // (16 * plan.kv_bytes_per_token)
+    with pytest.raises(ConfigError, match="pipeline_parallel_size is 6, too many for the 5 layers"):
+        plan_memory(EngineConfig(pipeline_parallel_size=6), model, available=GIB)
+    for option in ("disk_cache", "swap_space"):
+        with pytest.raises(ConfigError, match=f"pipeline_parallel_size is 2, but {option} is .*, which needs one rank"):
+            EngineConfig(pipeline_parallel_size=2, **{option: "1GiB"})
+    same = plan_memory(replace(config, kv_cache_memory=None, num_blocks=8), model, available=GIB)
+    assert same.kv_cache == 8 * 16 * plan.kv_bytes_per_token, "of the stage with the largest blocks"

@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", {}),
     "mixtral": ("llama", {}),
     "qwen2-moe": ("qwen2moe", {"mlp_only_layers": []}),
+    "qwen3-next": ("qwen3next", {"mlp_only_layers": []}),
     "phi3": ("phi3", {}),
     "granite-moe": ("granitemoe", {}),
     "phimoe": ("phimoe", {"router_jitter_noise": 0.01}),  # the published models'; the file does not say

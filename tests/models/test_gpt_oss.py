@@ -248,7 +248,7 @@ def test_packed_experts_whose_width_is_no_multiple_of_a_block(tmp_path: Path) ->
         ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7; supported: at most the number of experts 6"),
         ({"swiglu_limit": 5}, "swiglu_limit is 5; supported: 7.0"),
         ({"layer_types": ["x"] * 4}, 'layer_types is ["x", "x", "x", "x"]; supported: 4 times one of full_attention'),
-        ({"quantization_config": {"quant_method": "torchao"}}, 'quantization_config is "torchao"; supported: floats'),
+        ({"quantization_config": {"quant_method": "quanto"}}, 'quantization_config is "quanto"; supported: floats'),
     ],
 )
 def test_options_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

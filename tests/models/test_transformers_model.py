@@ -17,6 +17,7 @@ from quire.kernels import kernels_for
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
+from quire.models.transformers_model import TransformersModel
 from tests.checkpoints import write_tokenizer
 from tests.models.parity import assert_close, prompt
 from tests.paged_model import PagedModel
@@ -47,6 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 4.0,
         "final_logit_softcapping": 5.0,
     },
+    "nemotron": {},  # its layers do not pass options on to attention
+    "afmoe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "sliding_window": 24},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "cohere2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "layer_types": _WINDOWS},
 }
 
 
@@ -113,7 +118,9 @@ def test_the_engine_serves_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
             "depends on oth",
         ),
         ("xglm", {"d_model": 64, "attention_heads": 4, "ffn_dim": 64, "num_layers": 2}, "compute attention themselves"),
-        ("nemotron", {}, "do not pass on what attention needs"),
+        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "2 of its 3 layers have no attention"),
+        ("llama4_text", {"num_local_experts": 2, "attention_chunk_size": 16}, "goes by chunks"),
+        ("diffllama", {}, "layer 0 asks for attention twice"),
         ("minicpm3", {}, "latent vectors in the place of keys and values"),
         ("recurrent_gemma", {"lru_width": 64, "attention_window_size": 32}, "keep a recurrent state"),
     ],
@@ -123,6 +130,22 @@ def test_what_the_cache_cannot_hold_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"ForCausalLM is not supported: .*{message}"):
         load(write(tmp_path, model_type, **changes))
+
+
+def test_tokens_that_meet_outside_of_attention_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = TransformersModel._hidden
+    monkeypatch.setattr(TransformersModel, "_hidden", lambda model, *step: hidden(model, *step).cumsum(0))
+    with pytest.raises(CheckpointError, match="its tokens depend on others outside of attention"):
+        load(write(tmp_path, "jais2"))
+
+
+def test_an_error_of_the_library_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("Input language unknown.")
+
+    monkeypatch.setattr(TransformersModel, "_hidden", fail)
+    with pytest.raises(CheckpointError, match="Jais2ForCausalLM is not supported: ValueError: Input language unknown"):
+        load(write(tmp_path, "jais2"))
 
 
 def test_sizes_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:

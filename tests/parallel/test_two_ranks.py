@@ -4,12 +4,14 @@ import asyncio
 import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quire import LLM, AsyncLLM, ConfigError, EngineConfig, SamplingParams
 from quire.outputs import RequestOutput
+from tests.checkpoints import make_checkpoint
 
 OPTIONS: dict[str, Any] = {"num_blocks": 60, "max_model_len": 256, "threads": 1, "dtype": "float32"}
 PROMPTS = [list(range(5, 75)), [3, 4, 5]]
@@ -27,12 +29,17 @@ def child_of(pid: int) -> int:
     return int(subprocess.check_output(["pgrep", "-P", str(pid), "-f", "rank_process"]).split()[0])
 
 
-def test_tokens_equal_one_ranks_and_a_killed_rank_costs_no_request() -> None:
-    with LLM(**OPTIONS) as llm:
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_tokens_equal_one_ranks_and_a_killed_rank_costs_no_request(option: str, tmp_path: Path) -> None:
+    """Stages have a part of each KV group, so theirs is a model with windows."""
+    options = OPTIONS
+    if option == "pipeline_parallel_size":
+        options = {"model": str(make_checkpoint(tmp_path, "gemma3")), **OPTIONS}
+    with LLM(**options) as llm:
         expected = [tokens(output) for output in llm.generate(PROMPTS, PARAMS)]
 
     async def run() -> None:
-        engine = AsyncLLM(EngineConfig(tensor_parallel_size=2, spare=False, **OPTIONS))
+        engine = AsyncLLM(EngineConfig(spare=False, **{option: 2}, **options))
         await engine.start()
         assert engine.memory_plan.num_ranks == 2
         assert "memory of each of 2 ranks" in " ".join(engine.memory_plan.describe())

@@ -16,6 +16,7 @@ from quire.kernels.interface import QuantizedWeight
 from quire.layers.linear import Linear, LinearWeight, output_head
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.more_bits import MoreBits
 from quire.models.registry import load_model
 from quire.quantization import METHODS, WeightFormat
 from tests.checkpoints import LAYER_KINDS, make_checkpoint
@@ -47,10 +48,14 @@ def test_bytes_of_a_weight() -> None:
 def test_the_plan_counts_what_the_model_takes(method: str) -> None:
     folder = bundled_folder()
     config = ModelConfig.from_folder(folder)
-    model = load_model(config, open_checkpoint(folder), kernels_for("cpu"), method)
+    more = MoreBits.choose(config, open_checkpoint(folder), method)
+    model = load_model(
+        config, open_checkpoint(folder), kernels_for("cpu"), method, packing=more.around(kernels_for("cpu"))
+    )
     vectors = config.spec.num_vector_parameters * 4
     plan = plan_memory(EngineConfig(num_blocks=64, quantization=method), config, available=GIB)
-    assert plan.weights == quantized_bytes(model) + vectors
+    unspent = METHODS[method].extra_bytes(config.spec.layer_parameters) - sum(each.num_bytes for each in more.chosen)
+    assert plan.weights == quantized_bytes(model) + vectors + unspent
     assert plan.weights < config.spec.weight_bytes("float16") * (0.6 if method == "int8" else 0.4)
     assert plan.to_dict()["quantization"] == method
     assert f"({method})" in plan.describe()[0]

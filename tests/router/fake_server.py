@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -47,19 +48,31 @@ class FakeServer:
     model: str = "fake"
     version: str = ""
     ready: int = 200
+    status: str = "ready"
+    """What /health/ready says in words."""
+    raw: dict[str, bytes] = field(default_factory=dict)
+    """Path → bytes that are written as they are, and then the connection closes."""
+    drips: bool = False
+    """Every answer comes as one byte after the other, and has no end."""
     refusal: tuple[int, bytes] | None = None
     """Status and body of every answer that computes."""
     key: str = ""
     hangs: bool = False
     """It takes requests and answers none."""
+    tls: ssl.SSLContext | None = None
+    prefix: str = ""
+    """What stands before every path."""
     asked: list[Asked] = field(default_factory=list)
+    num_prefilled: int = 0
+    """Prompts that it computed for other servers."""
     url: str = ""
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["FakeServer"]:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls)
+        scheme = "http" if self.tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}{self.prefix}"
         try:
             yield self
         finally:
@@ -93,17 +106,32 @@ class FakeServer:
     ) -> None:
         if self.hangs:
             await asyncio.sleep(60)
+        path = path.removeprefix(self.prefix)
+        if self.drips:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n")
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        if path in self.raw:
+            writer.write(self.raw[path])
+            await writer.drain()
+            raise Died
         if self.key and path.startswith("/v1/") and headers.get("authorization") != f"Bearer {self.key}":
             await self._whole(writer, 401, b'{"error": {"message": "no key"}}')
         elif path == "/v1/models":
             await self._whole(writer, 200, json.dumps({"data": [{"id": self.model}]}).encode())
         elif path.startswith("/health"):
-            await self._whole(writer, self.ready, b"{}")
+            await self._whole(writer, self.ready, json.dumps({"status": self.status}).encode())
         elif path == "/tokenize":  # a token for each byte, as in the events of the tests
             given = json.loads(body)
             text = given.get("prompt") or "".join(each["content"] for each in given["messages"])
             await self._whole(writer, 200, json.dumps({"tokens": list(text.encode())}).encode())
+        elif headers.get("x-quire-prompt") == "compute" and self.refusal is not None:
+            await self._whole(writer, *self.refusal)
         elif "x-quire-prompt" in headers and self.block_size:
+            if headers["x-quire-prompt"] == "compute":
+                self.num_prefilled += 1
             prompt = json.loads(body)["prompt"]
             blocks = {"model": self.model, "block_size": self.block_size, "num_tokens": 40, "hashes": "AAAAAAAAAAE="}
             blocks |= {"version": self.version, "content": b64encode(str(prompt).encode()).decode()}

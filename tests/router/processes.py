@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,14 +21,15 @@ class Process:
     def start(self, port: int = 0) -> "Process":
         command = [sys.executable, "-m", "quire", *self._arguments, "--port", str(port)]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self._is_ready = threading.Event()
+        self._is_ready = False
+        self._settled = threading.Event()  # it is ready, or has ended
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         return self
 
     def await_ready(self, seconds: float = 300.0) -> None:
-        assert self._is_ready.wait(seconds), "".join(self.lines)
-        assert self._process.poll() is None, "".join(self.lines)
+        assert self._settled.wait(seconds), "".join(self.lines)
+        assert self._is_ready, "".join(self.lines)
 
     def kill(self) -> None:
         """Kill it as a machine that fails would."""
@@ -50,8 +52,9 @@ class Process:
             if found := re.search(r"listening on (\S+)", line):
                 self.url = found[1]
             if self._ready in line:
-                self._is_ready.set()
-        self._is_ready.set()
+                self._is_ready = True
+                self._settled.set()
+        self._settled.set()
 
     def __enter__(self) -> "Process":
         return self
@@ -63,6 +66,12 @@ class Process:
         self._reader.join(10)
         assert self._process.stderr is not None
         self._process.stderr.close()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def start_all(processes: Sequence[Process]) -> None:

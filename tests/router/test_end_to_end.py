@@ -1,7 +1,11 @@
 """Two real servers behind the router; one of them is killed under streams."""
 
+import json
+import re
+import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,7 +49,58 @@ def test_streams_of_a_killed_server_go_on_with_the_same_tokens() -> None:
             assert state["resumed_streams"] >= 1
             assert state["cut_streams"] == 0
             assert [each["is_up"] for each in state["replicas"]] == [False, True]
+            check_that_leaving_frees_the_engine(servers[1], router)
+            check_that_bad_requests_get_the_servers_answer(servers[1], router)
             assert router.stop() == 0
+
+
+BAD_BODIES: list[bytes] = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"prompt": "\xff"}',
+    b"[" * 5_000,
+    b'{"prompt": 5}',
+    b'{"prompt": []}',
+    b'{"prompt": [-1]}',
+    b'{"prompt": "a", "model": "another"}',
+    b'{"prompt": "a", "n": 1000}',
+    b'{"prompt": "a", "max_tokens": 1e9}',
+    b'{"prompt": "a", "stream": "yes"}',
+    b'{"prompt": "a", "stream": true, "temperature": -1}',
+    b'{"prompt": "a", "cache_salt": 5}',
+    b'{"prompt": "a", "prompt_cache_key": {"a": [1]}}',
+]
+
+
+def check_that_bad_requests_get_the_servers_answer(server: Process, router: Process) -> None:
+    """The router adds no error of its own and no 5xx, whatever a client sends."""
+    asked = [("POST", path, body) for path in ("/v1/completions", "/v1/chat/completions") for body in BAD_BODIES]
+    asked += [(method, "/v1/completions", b"") for method in ("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE")]
+    paths = ("/v1/files/none", "/v1/responses/none", "/v1/responses/", "/nothing", "/v1/../v1/models", "/%ff%00?a=%zz")
+    asked += [("GET", path, b"") for path in paths]
+    headers = {"content-type": "application/json", "x-quire-stream": "forged", "x-quire-prompt": "blocks"}
+    with httpx.Client(timeout=30) as client:
+        for method, path, body in asked:
+            direct = client.request(method, server.url + path, content=body)
+            routed = client.request(method, router.url + path, content=body, headers=headers)
+            assert routed.status_code == direct.status_code, (method, path, body[:60], routed.text[:300])
+            assert routed.status_code < 500 or routed.status_code == 501
+        assert client.get(f"{router.url}/health").json()["servers"] == 1
+
+
+def check_that_leaving_frees_the_engine(server: Process, router: Process) -> None:
+    """Clients that leave the router in the middle of streams and whole answers leave no request and no used block."""
+    body = {"prompt": "To be, or not to be", "max_tokens": 1000, "ignore_eos": True, "temperature": 0}
+    for stream in (True, False):
+        connections = [open_request(router.port, {**body, "stream": stream}) for _ in range(8)]
+        await_figures(server.url, lambda running, usage: running == 8 and usage > 0)
+        for each in connections:
+            each.close()
+        await_figures(server.url, lambda running, usage: running == 0 and usage == 0)
+    state = httpx.get(f"{router.url}/router").json()
+    assert (state["replicas"][1]["num_requests"], state["cut_streams"]) == (0, 0)
 
 
 def answer(
@@ -80,3 +135,32 @@ def answer(
     assert len(ids) == 1
     assert usage is not None
     return [[choices[index] for index in sorted(choices)], usage.prompt_tokens, usage.completion_tokens]
+
+
+def open_request(port: int, body: dict[str, Any]) -> socket.socket:
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%b" % (len(content), content)
+    )
+    return connection
+
+
+def await_figures(url: str, is_right: Callable[[float, float], bool], seconds: float = 30.0) -> None:
+    """Wait until the running requests and the share of the KV cache in use are right."""
+    deadline = time.monotonic() + seconds
+    figures = (-1.0, -1.0)
+    while time.monotonic() < deadline:
+        text = httpx.get(f"{url}/metrics").text
+        figures = (metric(text, "num_requests_running"), metric(text, "kv_cache_usage_perc"))
+        if is_right(*figures):
+            return
+        time.sleep(0.02)
+    raise AssertionError(figures)
+
+
+def metric(text: str, name: str) -> float:
+    found = re.search(rf"^quire:{name}(?:\{{[^}}]*\}})? (\S+)", text, re.MULTILINE)
+    assert found, name
+    return float(found[1])

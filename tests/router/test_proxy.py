@@ -271,7 +271,7 @@ def test_what_servers_keep_is_asked_where_it_is() -> None:
 
 def test_streams_of_a_server_that_hangs_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut network closes no connection: the server is taken for dead when it answers no probe."""
-    monkeypatch.setattr("quire.router.backends.PROBE_SECONDS", 0.3)
+    monkeypatch.setattr("quire.router.probe.PROBE_SECONDS", 0.3)
 
     async def hangs(asked: Asked) -> AsyncIterator[bytes]:
         yield marked("t0", 0)
@@ -313,7 +313,7 @@ def test_health_and_state_say_which_servers_take_requests() -> None:
         assert (await client.get("/health")).json() == {"status": "ready", "servers": 1}
         state = (await client.get("/router")).json()["replicas"]
         assert [each["is_up"] for each in state] == [True, False]
-        assert state[1]["reason"] == "its /health/ready says 503"
+        assert state[1]["reason"] == "its /health/ready says 503 (ready)"
         servers[0].die()
         await backends.look(backends.by_url[servers[0].url])
         assert (await client.get("/health")).status_code == 503
@@ -328,10 +328,21 @@ def test_health_and_state_say_which_servers_take_requests() -> None:
         ({}, "backends is empty"),
         ({"backends": "host:8000"}, "no URL of a server"),
         ({"backends": "ftp://host"}, "no URL of a server"),
-        ({"backends": "http://host/v1"}, "leave out the path '/v1'"),
+        ({"backends": "http://host/a/v1"}, "leave out /v1"),
+        ({"backends": "http://host:70000"}, "no URL of a server"),
+        ({"backends": "http://[::1"}, "no URL of a server"),
+        ({"backends": "http://"}, "no URL of a server"),
+        ({"backends": "http://a b"}, "no URL of a server"),
+        ({"backends": "http://a", "backends_file": "b"}, "both given"),
+        ({"backends": "http://a", "server_timeout": -1}, "must be from 0 to"),
         ({"backends": "http://a,http://a/"}, "twice"),
         ({"backends": "http://a", "kv_events": "tcp://a:1,tcp://b:1"}, "2 addresses for 1 backends"),
         ({"backends": "http://a", "kv_events": "a:1"}, "tcp://host:5557"),
+        ({"backends": "http://a", "decode": "http://b"}, "decode and backends are both given"),
+        ({"decode": "http://a", "prefill": "b:1"}, "prefill has 'b:1', which is no URL of a server"),
+        ({"decode": "http://a", "prefill": "http://a"}, "prefill has http://a, which is also among those that answer"),
+        ({"decode": "http://a", "prefill_min_tokens": 0}, "prefill_min_tokens is 0; it must be from 1"),
+        ({"decode": "http://a", "prefill_timeout": 0.0}, "prefill_timeout is 0.0; it must be above 0"),
         ({"backends": "http://a", "policy": "best"}, "must be one of least-work"),
         ({"backends": "http://a", "max_blocks": 0}, "must be from 1"),
         ({"backends": "http://a", "health_interval": 0.0}, "must be from 0.05"),

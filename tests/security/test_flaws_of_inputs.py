@@ -22,7 +22,8 @@ from quire.image_input import ImagePart, ImagePixels, ReadImage
 from quire.kv_cache.block_hash import find_extras, hash_block, root_hash
 from quire.models.safetensors_file import read_header as read_safetensors
 from quire.request import InputSpan
-from quire.server.tools.formats import TOOL_FORMATS, Channels, ToolFormat
+from quire.server.tools.format_types import Channels, ToolFormat
+from quire.server.tools.formats import TOOL_FORMATS
 from quire.structured_outputs import StructuredOutputsParams
 from tests import stand_in_hub
 from tests.server.scripted_engine import BUNDLED, bundled_tokenizer

@@ -56,7 +56,7 @@ class LocalTemplate:
         self.source = self._template.source
         self.response_template = self._template.response_template
 
-    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    async def render(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> str:
         return await asyncio.to_thread(lambda: self._template.render(messages, **options))
 
 

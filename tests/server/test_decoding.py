@@ -7,10 +7,13 @@ import msgspec
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from quire.server.anthropic.protocol import MessagesRequest
 from quire.server.decoding import decode_json, nearest_field, unknown_fields
+from quire.server.embeddings import EmbeddingsRequest
 from quire.server.errors import Refusal
 from quire.server.field_warnings import MAX_LOGGED, FieldWarnings
-from quire.server.protocol import ChatCompletionRequest, CompletionRequest
+from quire.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest
+from quire.server.responses.protocol import ResponsesRequest
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
 
@@ -133,5 +136,40 @@ def test_nearest_fields() -> None:
         ("topp", "top_p"),
         ("maxTokens", "max_tokens"),
         ("zzz", None),
+        ("n_predict", "max_tokens"),
+        ("repeat_penalty", "repetition_penalty"),
+        ("grammar", "structured_outputs"),
+        ("response_format.jsonschema", "response_format.json_schema"),
+        ("stream_options.include_use", "stream_options.include_usage"),
+        ("stream_options.zzz", None),
+        ("no.such.path", None),
+        ("a[0].b", None),
     ):
         assert nearest_field(wrong, CompletionRequest) == right
+    assert nearest_field("enable_thinking", ChatCompletionRequest) == "chat_template_kwargs"
+    assert nearest_field("max_tokens", ResponsesRequest) == "max_output_tokens"
+    assert nearest_field("stop", MessagesRequest) == "stop_sequences"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "name", "said"),
+    [
+        ("{}", ChatCompletionRequest, "messages", "messages is missing"),
+        ('{"messages": [{}]}', ChatCompletionRequest, "messages[0].role", "messages[0].role is missing"),
+        ('{"truncation": "x"}', ResponsesRequest, "truncation", "Invalid enum value 'x'; there is auto, disabled"),
+        ('{"input": "x", "encoding_format": "x"}', EmbeddingsRequest, "encoding_format", "; there is base64, float"),
+        ('{"tokens": [5, true]}', DetokenizeRequest, "tokens[1]", "tokens[1]: Expected `int`, got `bool`"),
+        ('{"input": [[false]]}', EmbeddingsRequest, "input[0][0]", "got `bool`"),
+    ],
+)
+def test_refusals_name_the_field_and_what_it_takes(body: str, kind: type, name: str, said: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        decode_json(body.encode(), kind)
+    assert caught.value.param == name
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(("given", "meant"), [("true", 1), ("false", None), ("0", 0), ("3", 3), ("null", None)])
+def test_logprobs_of_completions_may_be_those_of_chats(given: str, meant: int | None) -> None:
+    request = decode_json(f'{{"prompt": "x", "logprobs": {given}}}'.encode(), CompletionRequest)
+    assert request.logprobs is meant if meant is None else (request.logprobs, type(request.logprobs)) == (meant, int)

@@ -13,7 +13,7 @@ from quire.server.limits import MAX_ESCAPES, MAX_LISTS, MAX_STRINGS, MAX_VALUES
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine, bundled_tokenizer
 
-LIMIT = 0.15
+LIMIT = 0.1
 """Seconds of CPU time in one callback, for a machine whose caches belong to its neighbours; some 0.02 alone."""
 WORDS = [f"word{number}" for number in range(256)]
 MESSAGE = {"role": "user", "content": "x"}

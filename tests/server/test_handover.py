@@ -12,7 +12,7 @@ from quire.engine.request_streams import RequestStreams
 from quire.errors import EngineUnavailableError, RequestError
 from quire.kv_cache.block_hash import hash_block, root_hash
 from quire.outputs import CompletionOutput, SequenceDelta, StepDeltas
-from quire.request import Request, SampleProgress
+from quire.request import PrefilledPrompt, Request, SampleProgress
 from quire.router.marked_stream import BrokenStreamError, MarkedStream
 from quire.sampling_params import SamplingParams
 from quire.server.handover import Handover, decode_progress, encode_progress, mark
@@ -83,6 +83,23 @@ def test_the_blocks_of_a_prompt_are_the_engines(
             hashes.append(parent[-8:])
         assert base64.b64decode(blocks["hashes"]) == b"".join(hashes) != b""
         assert (blocks["num_tokens"], blocks["block_size"]) == (len(call.prompt), 16)
+
+
+@pytest.mark.parametrize(("path", "body", "answer_id"), BODIES)
+def test_a_prompt_is_computed_for_another_server(
+    server: RunningServer, engine: ScriptedEngine, path: str, body: dict[str, Any], answer_id: str
+) -> None:
+    """By one token, whatever the answer should be; the other server's engine learns that it was."""
+    asked = {**body, "n": 3, "logprobs": True, "stop": ["x"]} if path == "/v1/chat/completions" else body
+    _, blocks = server.send("POST", path, asked, {"x-quire-prompt": "compute"})
+    (call,) = engine.calls
+    assert (call.params.max_tokens, call.params.n, call.params.logprobs, call.params.stop) == (1, 1, None, ())
+    assert type(call.prompt) is list
+    engine.calls.clear()
+    assert blocks == server.send("POST", path, asked, {"x-quire-prompt": "blocks"})[1]
+    server.send("POST", path, body, {"x-quire-prefilled": "1"})
+    assert isinstance(engine.calls[0].prompt, PrefilledPrompt)
+    assert engine.calls[0].prompt == call.prompt
 
 
 def test_salts_of_keys_are_in_the_blocks() -> None:

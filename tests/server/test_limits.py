@@ -80,7 +80,7 @@ def test_timeouts_that_are_no_time(server: RunningServer, header: str) -> None:
         (b'{"prompt": "\\ud800"}', "not valid JSON"),
         (b'{"prompt": "\xff"}', "not valid JSON"),
         (b'{"prompt": "x", "any": ' + b"[" * 40_000, "nested too deeply"),
-        (b'{"messages": "x"}', "missing required field `prompt`"),
+        (b'{"messages": "x"}', "prompt is missing"),
         (b'{"prompt": "x", "priority": 99999999999}', "priority: Expected `int` <= 2147483647"),
         (b'{"prompt": "x", "cache_salt": "' + b"x" * 300 + b'"}', "cache_salt: Expected `str` of length <= 256"),
         (b"[]", "the body: Expected `object`"),
@@ -102,7 +102,7 @@ def test_malformed_bodies(server: RunningServer, body: bytes, said: str) -> None
         ("text/plain;charset=UTF-8", 200),
         ("application/vnd.api+json", 200),
         ("", 200),
-        ("application/x-www-form-urlencoded", 415),
+        ("application/x-www-form-urlencoded", 200),
         ("multipart/form-data; boundary=x", 415),
     ],
 )

@@ -72,10 +72,13 @@ def status_of(port: int, path: str) -> int:
             return answer.status
 
 
-def test_sigterm_lets_running_requests_finish() -> None:
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_lets_running_requests_finish(first: signal.Signals) -> None:
+    """So does a terminal that closes: it sends SIGHUP more than once, as some supervisors do behind SIGTERM."""
     with process(shutdown_timeout=20) as (running, port), stream(port, max_tokens=60) as answer:
-        running.send_signal(signal.SIGTERM)
+        running.send_signal(first)
         time.sleep(0.2)
+        running.send_signal(signal.SIGHUP)
         assert status_of(port, "/health") == 503
         assert status_of(port, "/v1/completions") == 503
         rest = answer.read()

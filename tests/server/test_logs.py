@@ -5,6 +5,8 @@ import logging
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,22 @@ def test_an_access_line_of_json_has_time_request_id_tokens_and_milliseconds(caps
     for line in lines:
         assert 0 <= line["ms"] < 20_000
         assert abs((datetime.now(UTC) - datetime.fromisoformat(line["time"])).total_seconds()) < 60
+
+
+def test_an_access_line_names_the_key_and_never_shows_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """So that the lines are an audit log: who asked what, when, and what came of it."""
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[keys]]\nname = "alice"\nkey = "secret-of-alice"\n')
+    settings = ServerSettings(port=0, access_log=True, log_format="json", api_key=("secret-plain",), api_keys=str(keys))
+    configure_logging(settings)
+    sent = ({"authorization": "Bearer secret-of-alice"}, {"x-api-key": "secret-plain"}, {"x-api-key": "secret-wrong"})
+    with RunningServer(ScriptedEngine(), settings) as server:
+        for headers in sent:
+            server.send("POST", "/v1/completions", COMPLETION, headers)
+    written = capsys.readouterr().err
+    found = [(line["status"], line.get("key")) for line in map(json.loads, written.splitlines())]
+    assert found == [(200, "alice"), (200, sha256(b"secret-plain").hexdigest()[:8]), (401, None)]
+    assert "secret" not in written
 
 
 def test_an_access_line_of_text_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from quire.errors import RequestError
+from quire.server import media_fetch
 from quire.server.media_fetch import MediaFetcher, is_public
 
 CONTENT = b"image" * 100
@@ -122,6 +123,28 @@ def test_what_is_refused(url: str, reason: str, port: int, silent: int) -> None:
     with pytest.raises(RequestError, match=reason):
         asyncio.run(fetcher().fetch(url.replace("{port}", str(port)).replace("{silent}", str(silent))))
     assert time.monotonic() - started < 2.5  # the slow ones take 3 seconds
+
+
+def test_a_name_server_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timeout ends a look-up; more of them than threads wait in turn, and each ends in its time."""
+    monkeypatch.setattr(media_fetch, "_MAX_WAIT", 0.1)
+    answered = threading.Event()
+
+    def hang(host: str, port: int) -> list[str]:
+        answered.wait(60)
+        return ["127.0.0.1"]
+
+    async def fetch_many() -> list[object]:
+        hanging = MediaFetcher(["img.example"], 4000, resolve=hang, seconds=0.2)
+        urls = [f"http://img.example/{number}" for number in range(media_fetch.MAX_FETCHES + 4)]
+        return await asyncio.gather(*map(hanging.fetch, urls), return_exceptions=True)
+
+    started = time.monotonic()
+    found = asyncio.run(fetch_many())
+    took = time.monotonic() - started
+    answered.set()
+    assert all(isinstance(each, RequestError) and "does not arrive within" in str(each) for each in found)
+    assert took < 10
 
 
 def test_a_host_whose_address_is_not_public(port: int) -> None:

@@ -235,4 +235,4 @@ def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningSer
     body["tools"] = [{"type": "web_search_20250305", "name": "web_search"}]
     response, _ = server.send("POST", "/v1/messages", body)
     assert response.status == 200
-    assert "tools of type web_search" in response.headers["x-quire-warning"]
+    assert "web_search_20250305 run on Anthropic" in response.headers["x-quire-warning"]

@@ -385,7 +385,7 @@ def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningSer
     body["tools"] = [{"type": "web_search", "external_web_access": False}]
     response, _ = server.send("POST", "/v1/responses", body)
     assert response.status == 200
-    assert "tools of type web_search" in response.headers["x-quire-warning"]
+    assert "web_search run on OpenAI" in response.headers["x-quire-warning"]
 
 
 def test_a_full_disk_keeps_what_is_stored() -> None:

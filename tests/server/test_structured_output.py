@@ -53,6 +53,11 @@ def check(text: str) -> None:
     assert value["size"] in range(1, 100)
 
 
+def test_a_json_object_may_come_with_its_schema(client: OpenAI) -> None:
+    (text,) = complete(client, extra_body={"response_format": {"type": "json_object", "schema": SCHEMA}})
+    check(text)
+
+
 def test_response_format_of_a_chat_whole_and_streamed(client: OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
     asked: dict[str, Any] = {

@@ -7,6 +7,7 @@ import pytest
 from quire.errors import ConfigError
 from quire.simulation.cluster_settings import ClusterSettings
 from quire.simulation.cluster_workload import AgentShape, GroupShape, agent_sessions, group_sessions
+from quire.simulation.oracles import EqualCapacity, ForgetsNothing
 from quire.simulation.run_cluster import run_cluster
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.trace import HASH_BLOCK_TOKENS, Trace, TraceRow
@@ -37,6 +38,7 @@ def test_least_work_finds_what_an_oracle_finds_and_keeps_the_balance() -> None:
     figures = run()
     assert figures["finished"] == 60
     assert figures["of_oracle_pct"] >= 80  # a new group may begin on two replicas
+    assert figures["of_equal_oracle_pct"] == pytest.approx(figures["of_oracle_pct"]), "nothing is evicted"
     assert figures["prefix_hit_pct"] > 1.2 * run(routing="round-robin")["prefix_hit_pct"]
     assert figures["most_work_to_mean"] <= 1.3
 
@@ -46,6 +48,16 @@ def test_agents_follow_their_blocks() -> None:
     assert (ours["finished"], ours["refused"]) == (4 * 33, 0)
     assert ours["of_oracle_pct"] >= 95
     assert ours["most_work_to_mean"] <= 1.3
+
+
+def test_an_oracle_of_equal_capacity_evicts_what_was_used_longest_ago() -> None:
+    oracle = EqualCapacity(4)
+    assert [oracle.find(blocks, 0) for blocks in ([1, 2], [1, 2, 3], [9])] == [0, 2, 0]
+    assert oracle.find([1, 2, 3], 1) == 3  # the output's block is the fifth: 9 goes
+    assert oracle.find([9], 0) == 0
+    assert oracle.find([1, 2, 3], 0) == 2  # 3 went before its parents
+    everything = ForgetsNothing()
+    assert [everything.find(blocks, 9) for blocks in ([1, 2], [1, 3], [1, 2, 4], [1, 3])] == [0, 1, 2, 2]
 
 
 def test_agents_have_the_published_shape() -> None:

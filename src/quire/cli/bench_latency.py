@@ -4,9 +4,10 @@ import statistics
 import time
 from typing import Any
 
-from quire.cli.bench_workload import WorkloadOptions, make_workload, show
+from quire.cli.bench_workload import WorkloadOptions, check_counts, make_workload, show
 from quire.cli.options import ModelArgument, OutputJson, flags
 from quire.config import EngineConfig
+from quire.errors import ConfigError
 from quire.sampling_params import SamplingParams
 from quire.simulation.measures import percentile
 
@@ -42,9 +43,12 @@ def latency(
     """
     from quire.llm import LLM
 
+    check_counts(batch_size=batch_size, num_iters=num_iters)
+    if num_iters_warmup < 0:
+        raise ConfigError(f"num_iters_warmup is {num_iters_warmup}; it must be at least 0")
+    lengths = WorkloadOptions(num_prompts=batch_size, input_len=input_len, output_len=output_len)
     llm = LLM(model, **options)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True, detokenize=False, temperature=0.0)
-    lengths = WorkloadOptions(num_prompts=batch_size, input_len=input_len, output_len=output_len)
     latencies = []
     for turn in range(num_iters_warmup + num_iters):
         work = make_workload(lengths, max_len=llm.memory_plan.max_model_len, seed=turn)

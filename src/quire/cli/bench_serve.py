@@ -7,8 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from quire.cli.bench_workload import Workload, WorkloadOptions, make_workload, show, spread_of
-from quire.cli.http_client import Target
+from quire.cli.bench_workload import Workload, WorkloadOptions, check_counts, make_workload, show, spread_of
+from quire.cli.http_client import Target, server_target
 from quire.cli.options import OutputJson, flags
 from quire.errors import ConfigError, QuireError
 
@@ -32,7 +32,7 @@ class LoadOptions(WorkloadOptions):
     num_prompts: int = 100
     """Requests to send."""
     base_url: str = "http://127.0.0.1:8000"
-    """The server, without /v1."""
+    """The server, with or without /v1."""
     model: str | None = None
     """The server's name for the model; its default if left out."""
     api_key: str | None = None
@@ -48,15 +48,22 @@ class LoadOptions(WorkloadOptions):
     seed: int = 0
     """Seed of prompts and arrivals."""
 
+    def __post_init__(self) -> None:
+        WorkloadOptions.__post_init__(self)
+        check_counts(max_len=self.max_len, max_concurrency=self.max_concurrency)
+        if not self.request_rate > 0:
+            raise ConfigError(f"request_rate is {self.request_rate}; it must be more than 0")
+        wrong = [percent for percent in self.percentiles if not 0 <= percent <= 100]
+        if wrong:
+            raise ConfigError(f"percentiles has {wrong[0]:g}; each must be from 0 to 100")
+
 
 @flags(LoadOptions, without=frozenset())
 def serve(*, output_json: OutputJson = None, **options: Any) -> None:
     """Measure a running server: time to first token, between tokens and in total, and tokens per second."""
     load = LoadOptions(**options)
-    if not load.request_rate > 0:
-        raise ConfigError(f"request_rate is {load.request_rate}; it must be more than 0")
     work = make_workload(load, max_len=load.max_len, seed=load.seed)
-    target = Target(f"{load.base_url.rstrip('/')}/v1/completions", load.api_key)
+    target = server_target(load.base_url, "/v1/completions", load.api_key)
     started = time.perf_counter()
     outcomes = asyncio.run(run_load(target, work, load.model, load.request_rate, load.max_concurrency, load.seed))
     result = load_figures(outcomes, time.perf_counter() - started, load.percentiles)

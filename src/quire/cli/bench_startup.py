@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quire.cli.bench_workload import show
+from quire.cli.bench_workload import check_counts, show
 from quire.cli.options import ModelArgument, OutputJson, flags
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model, weight_files
@@ -34,6 +34,7 @@ def startup(model: ModelArgument = "", *, num_iters: int = 3, output_json: Outpu
     num_iters
         Processes to start.
     """
+    check_counts(num_iters=num_iters)
     config = EngineConfig.from_options({"model": model, **options})
     folder = find_model(config.model, config.revision)
     weights = plan_memory(config, read_model(config, folder)).weights

@@ -48,6 +48,20 @@ class WorkloadOptions:
     range_ratio: float = 0.0
     """Random lengths differ from the given ones by at most this fraction."""
 
+    def __post_init__(self) -> None:
+        check_counts(num_prompts=self.num_prompts, input_len=self.input_len, output_len=self.output_len)
+        if self.dataset not in ("random", *MEAN_LENGTHS):
+            raise ConfigError(f"dataset is {self.dataset!r}; it must be one of random, {', '.join(MEAN_LENGTHS)}")
+        if not 0 <= self.range_ratio <= 1:
+            raise ConfigError(f"range_ratio is {self.range_ratio}; it must be from 0 to 1")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise `ConfigError` for a count below 1; None is no count."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} is {count}; it must be at least 1")
+
 
 def make_workload(options: WorkloadOptions, *, max_len: int, seed: int) -> Workload:
     """Random prompts of the lengths that `options` describe; of a named dataset, prompt + output ≤ `max_len`."""
@@ -55,12 +69,10 @@ def make_workload(options: WorkloadOptions, *, max_len: int, seed: int) -> Workl
     if options.dataset == "random":
         inputs = [_around(rng, options.input_len, options.range_ratio) for _ in range(num_prompts)]
         outputs = [_around(rng, options.output_len, options.range_ratio) for _ in range(num_prompts)]
-    elif options.dataset in MEAN_LENGTHS:
+    else:
         mean_input, mean_output = MEAN_LENGTHS[options.dataset]
         inputs = [_log_normal(rng, mean_input, max_len // 2) for _ in range(num_prompts)]
         outputs = [_log_normal(rng, mean_output, max_len - max_len // 2) for _ in range(num_prompts)]
-    else:
-        raise ConfigError(f"dataset is {options.dataset!r}; it must be one of random, {', '.join(MEAN_LENGTHS)}")
     prompts = [[rng.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)] for length in inputs]
     return Workload(prompts, outputs)
 

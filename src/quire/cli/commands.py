@@ -3,15 +3,18 @@
 Status 0: done. 1: failed. 2: wrong options. 3: the model cannot be loaded. 130: interrupted.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from cyclopts import App, CycloptsError, Group
+from cyclopts import App, CycloptsError, Group, UnusedCliTokensError
 
 from quire import __version__
 from quire.cli.configuration import read_configuration
 from quire.cli.pasted_flags import gather_rare, join_dotted
+from quire.cli.streams import describe
 from quire.errors import CheckpointError, ConfigError, MemoryPlanError, QuireError, RequestError
 
 _ABOUT = "Serve large language models: paged KV cache, continuous batching, an OpenAI-compatible server."
@@ -115,7 +118,8 @@ def make_app() -> App:
         ("batch", _BATCH_ABOUT, BATCHES, _USE, "{}"),
         ("cluster", _CLUSTER_ABOUT, CLUSTERS, _WATCH, "cluster_{}"),
     ):
-        several = App(name=name, help=about, group=group, **style)
+        examples = _examples(*(f"{name} {part}" for part in parts))
+        several = App(name=name, help=about, group=group, help_epilogue=examples, **style)
         for part, part_about in parts.items():
             place = f"quire.cli.{name}_{part}:{function.format(part)}"
             several.command(place, name=part, help=part_about, help_epilogue=_examples(f"{name} {part}"))
@@ -123,9 +127,9 @@ def make_app() -> App:
     return app
 
 
-def _examples(command: str) -> str:
-    """The end of a help text; "" for a command without examples."""
-    lines = "".join(f"\n  quire {line}" for line in EXAMPLES.get(command, ()))
+def _examples(*commands: str) -> str:
+    """The end of a help text; "" for commands without examples."""
+    lines = "".join(f"\n  quire {line}" for command in commands for line in EXAMPLES.get(command, ()))
     return f"Examples:{lines}" if lines else ""
 
 
@@ -141,6 +145,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0  # rich exits when the reader of a help text closes the pipe
     except KeyboardInterrupt:
         return 130
+    except UnusedCliTokensError as error:
+        return _fail(f"unexpected argument {shlex.join(error.unused_tokens or ())}; see --help", 2)
     except CycloptsError as error:
         return _fail(str(error), 2)
     except (ConfigError, RequestError) as error:
@@ -149,8 +155,13 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), 3)
     except QuireError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:
+        raise  # the reader has read enough
+    except (OSError, UnicodeError) as error:
+        return _fail(describe(error), 1)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"quire: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # the status says it too
+        print(f"quire: {' '.join(message.split())}", file=sys.stderr)
     return status

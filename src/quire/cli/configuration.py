@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cyclopts import App, ArgumentCollection
 from cyclopts.config import Env, Toml, Yaml
 
+from quire.cli.streams import describe
 from quire.errors import ConfigError
 
 PREFIX = "QUIRE_"
@@ -26,6 +27,7 @@ def read_configuration(app: App, arguments: Sequence[str]) -> None:
     path = _value_of(arguments, "--config") or os.environ.get(f"{PREFIX}CONFIG")
     if path:
         sources.append(_file(Path(path)))
+    sources.append(_check_whole)
     if "--show-config" in arguments:
         sources.append(_show)
     app.config = sources
@@ -50,10 +52,38 @@ def _file(path: Path) -> Any:
     try:
         options = file.config
     except Exception as error:  # whatever the parser of the format raises
+        _check_text(path)
         raise ConfigError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"config: {path} holds no table of options")
     return file
+
+
+def _check_text(path: Path) -> None:
+    """Raise `ConfigError` for a file that is no text of UTF-8; parsers say that less clearly."""
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"config: {path} cannot be read: {describe(error)}") from None
+
+
+def _check_whole(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Raise `ConfigError` for a fraction where a whole number belongs, which would be rounded without a word."""
+    for argument in arguments:
+        kinds = {argument.hint, *get_args(argument.hint)}
+        if int not in kinds or float in kinds:
+            continue
+        for token in argument.tokens:
+            if _is_fraction(token.value):
+                place = "" if token.source == "cli" else f" from {token.source}"
+                raise ConfigError(f"{argument.name} is {token.value}{place}; it must be a whole number")
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return "." in text and not float(text).is_integer()
+    except ValueError:
+        return False  # it is no number, and is refused as such
 
 
 def _show(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

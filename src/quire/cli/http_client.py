@@ -6,6 +6,8 @@ standard library.
 
 import asyncio
 import json
+import os
+import socket
 import ssl
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -83,7 +85,7 @@ class Target:
                 parts.hostname, port, ssl=ssl.create_default_context() if secure else None, limit=_LINE_LIMIT
             )
         except OSError as error:
-            raise HttpError(f"no answer from {self.url}: {error.strerror or error}; is the server running?") from error
+            raise HttpError(f"no answer from {self.url}: {_reason(error)}; is the server running?") from error
 
     async def _send(self, writer: StreamWriter, host: str, path: str, body: dict[str, Any] | None) -> None:
         data = b"" if body is None else json.dumps(body).encode()
@@ -124,10 +126,27 @@ async def _chunked(reader: StreamReader) -> AsyncIterator[bytes]:
 
 def server_target(url: str, path: str, api_key: str | None) -> Target:
     """A path of the server at `url`, which may end in /v1 as clients write it. Raises `ConfigError`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"url is {url!r}; give one such as http://127.0.0.1:8000")
+    check_url(url)
     return Target(url.rstrip("/").removesuffix("/v1") + path, api_key)
+
+
+def check_url(url: str) -> None:
+    """Raise `ConfigError` for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+    except ValueError:  # brackets that do not match, or a port that is no number up to 65535
+        sound = False
+    if not sound or any(letter.isspace() or not letter.isprintable() for letter in url):
+        raise ConfigError(f"url is {url!r}; give one such as http://127.0.0.1:8000")
+
+
+def _reason(error: OSError) -> str:
+    """The system's words. asyncio puts the address in their place, and names several by all their errors."""
+    if isinstance(error, ssl.SSLError | socket.gaierror) or not error.errno:
+        return error.strerror or str(error)
+    return os.strerror(error.errno)
 
 
 def _message(text: str) -> str:

@@ -15,13 +15,24 @@ from cyclopts import Group, Parameter
 
 from quire.cli.pasted_flags import RARE_FLAG
 from quire.config import OPTION_ALIASES, EngineConfig
+from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 from quire.simulation.settings import SimulationSettings
 from quire.vllm_options import FOREIGN_OPTIONS, ForeignOption
 from quire.vllm_rare_options import SHORT_FLAGS, TRANSLATED_OPTIONS
 
 ModelArgument = Annotated[str, Parameter(show_default=False)]
-OutputJson = Annotated[Path | None, Parameter(help="Also write the result to this file, as JSON.")]
+
+
+def _check_folder(kind: object, path: Path | None) -> None:
+    """Raise `ConfigError` before the work if its result can never be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigError("It is a folder" if path.is_dir() else f"There is no folder {path.parent}")
+
+
+OutputFile = Annotated[Path | None, Parameter(validator=_check_folder)]
+"""A file to write, whose folder must exist."""
+OutputJson = Annotated[OutputFile, Parameter(help="Also write the result to this file, as JSON.")]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +46,7 @@ _TEXTS: dict[str, Any] = {
     **dict.fromkeys(_SIZES, int | str | None),
     "speculative_config": str | None,
     "kv_events_config": str | None,
+    "kv_transfer_config": str | None,
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens"), int | str | None),
 }
 """Options that the config class parses itself, with the type that a flag takes."""

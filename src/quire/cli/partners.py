@@ -5,8 +5,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from quire.cli.http_client import Target
+from quire.cli.http_client import Target, check_url
 from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.sampling_params import SamplingParams
@@ -75,7 +76,10 @@ class ServerPartner:
     """Any server with OpenAI's API."""
 
     def __init__(self, url: str, model: str, api_key: str | None, given: dict[str, Any]) -> None:
-        self._target = Target(f"{url.rstrip('/')}/chat/completions", api_key)
+        check_url(url)
+        base = url.rstrip("/")
+        base += "" if urlsplit(base).path else "/v1"
+        self._target = Target(f"{base}/chat/completions", api_key)
         self._body = {**({"model": model} if model else {}), **given, "stream": True}
         self._name = model or url
 

@@ -17,7 +17,7 @@ from quire.cli.plan_tables import print_devices, print_plan
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model, read_model_config
 from quire.engine.memory_sizes import available_memory
-from quire.errors import CheckpointError, ConfigError
+from quire.errors import CheckpointError
 from quire.model_config import ModelConfig
 from quire.models.stored.sizes import estimate_kept
 from quire.simulation.devices import DEVICES, find_device
@@ -105,8 +105,6 @@ def _progress() -> Iterator[OnStep]:
 def _measure(path: Path, threads: int | None) -> None:
     from quire.cli.probe import measure_device
 
-    if not path.parent.is_dir():
-        raise ConfigError(f"measure is {path}, but there is no folder {path.parent}")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     device = measure_device(path.stem, memory, threads, lambda line: print(f"measured {line}", flush=True))
     path.write_text(device.to_json())

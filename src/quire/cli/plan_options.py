@@ -1,11 +1,11 @@
 """PlanOptions: the options of `quire plan` beside the engine's."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from quire.cli.options import OutputFile
 from quire.errors import ConfigError
 
 PROMPT, OUTPUT = 512, 128
@@ -36,7 +36,7 @@ class PlanOptions:
     """Trace of request lengths to simulate instead of users, as for `quire simulate`: a name or a file."""
     compare: bool = True
     """Show what other ways of storing weights and KV, and other devices, would change."""
-    measure: Path | None = None
+    measure: OutputFile = None
     """Measure this machine's coefficients and write them to this file. Takes some minutes, in which nothing else should
     run."""
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False

@@ -50,6 +50,8 @@ def run(
     answer_options, engine_options = split(options, AnswerOptions, EngineConfig)
     SamplingParams(**answer_options)
     EngineConfig.from_options({"model": model, **engine_options}).make_folders()
+    talks = prompt is None and sys.stdin.isatty()
+    text = "" if talks else whole_prompt(prompt)
     url = f"http://127.0.0.1:{_free_port(port)}"
     command = serve_command(fetch(model, engine_options.get("revision")), url, engine_options)
     with _stopped_by_signals(), asyncio.Runner() as runner, subprocess.Popen(command, process_group=0) as server:
@@ -58,10 +60,10 @@ def run(
                 return server.returncode or 1
             partner = ServerPartner(f"{url}/v1", "", os.environ.get("QUIRE_API_KEY"), answer_options)
             conversation = Conversation(runner, partner, f"{model or 'the bundled model'} at {url}", system)
-            if prompt is None and sys.stdin.isatty():
+            if talks:
                 conversation.run()
             else:
-                conversation.answer_once(whole_prompt(prompt))
+                conversation.answer_once(text)
             return 0
         finally:
             _stop(server)

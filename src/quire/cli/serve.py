@@ -46,6 +46,7 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
 
     from quire.engine.async_engine import AsyncLLM
     from quire.server.backend import Engine
+    from quire.server.descriptors import raise_limit
     from quire.server.listen import serve as serve_until_stopped
     from quire.server.logs import configure_logging
     from quire.server.many_engines import ManyEngines
@@ -56,6 +57,7 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
         logger.info("[%6.2f s] %s", time.perf_counter() - started, line)
 
     configure_logging(settings)
+    raise_limit()
     listener = bind(settings)
     if len(settings.keys) > 1:
         report(f"{len(settings.keys)} API keys, scheduled by the policy {engine_config.scheduling_policy}")

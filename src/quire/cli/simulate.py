@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from quire.cli.bench_workload import show
-from quire.cli.options import flags, split
+from quire.cli.options import OutputFile, flags, split
 from quire.cli.simulate_tables import CLUSTER, ENGINE, Column, print_table
 from quire.errors import ConfigError
 from quire.simulation.arrivals import expected_requests
@@ -41,7 +41,7 @@ CLUSTER_RATE, NUM_SESSIONS = 0.5, 32
 @flags(SimulationSettings, ClusterSettings, without=frozenset())
 def simulate(
     *,
-    json: Annotated[Path | None, Parameter(help="Also write all figures to this file, as JSON.")] = None,
+    json: Annotated[OutputFile, Parameter(help="Also write all figures to this file, as JSON.")] = None,
     plot: Annotated[
         str | None, Parameter(help="terminal draws the run as text; a .svg, .png or .pdf file needs the bench extra.")
     ] = None,
@@ -54,8 +54,6 @@ def simulate(
     With --cluster N: sessions of agents on N replicas behind the router.
     """
     simulation_options, cluster_options = split(options, SimulationSettings, ClusterSettings)
-    if json is not None and not json.parent.is_dir():
-        raise ConfigError(f"json is {json}, but there is no folder {json.parent}")
     if plot is not None and plot != TERMINAL:
         check_picture(Path(plot))
     started = time.perf_counter()
@@ -148,10 +146,16 @@ def _run_clusters(options: dict[str, Any], cluster_options: dict[str, Any]) -> l
 
 
 def _oracle(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The row of an oracle: one cache for all replicas that forgets nothing. It has hits and no times."""
+    """The rows of oracles: one cache for all replicas that forgets nothing, and one of the size of all their caches.
+    They have hits and no times."""
     if "oracle_hit_pct" not in runs[0]:
         return []
-    return [{"routing": "oracle", "prefix_hit_pct": runs[0]["oracle_hit_pct"], "of_oracle_pct": 100.0}]
+    everything, equal = runs[0]["oracle_hit_pct"], runs[0]["equal_oracle_hit_pct"]
+    share = 100 * equal / everything if everything else 100.0
+    return [
+        {"routing": "oracle", "prefix_hit_pct": everything, "of_oracle_pct": 100.0},
+        {"routing": "equal size", "prefix_hit_pct": equal, "of_oracle_pct": share},
+    ]
 
 
 def _report_speed(runs: Sequence[dict[str, Any]], seconds: float) -> None:

@@ -67,10 +67,11 @@ class RouterDeployment:
     async def _watch(self, seconds: float) -> None:
         """Look at all replicas for ever, and forget the ones that are gone."""
         loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.gather(*(self._backends.look(each) for each in list(self._backends.by_url.values())))
-            for url, seen in list(self._announced.items()):
-                if loop.time() - seen > GONE_SECONDS and not self._backends.by_url[url].is_up:
-                    del self._announced[url]
-                    self._backends.drop(url)
-            await asyncio.sleep(seconds)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._backends.watch())
+            while True:
+                await asyncio.sleep(seconds)
+                for url, seen in list(self._announced.items()):
+                    if loop.time() - seen > GONE_SECONDS and not self._backends.by_url[url].is_up:
+                        del self._announced[url]
+                        self._backends.drop(url)

@@ -27,7 +27,7 @@ _ENVIRONMENT = {
 """For a Ray that starts here. What the user's environment says goes first."""
 
 
-_STARTS = 3
+_STARTS = 5
 """Ray gives its own agents 15 seconds to start, which a busy machine exceeds. The next time they start faster."""
 _LOOK_SECONDS, _MISSED_LOOKS = 2.0, 5
 """Seconds between looks at the head node, and looks without an answer after which it is dead."""

@@ -45,6 +45,7 @@ class GgufNames:
         names = list(names)
         architecture = _WRITTEN_AS.get(config.architecture, config.architecture)
         rows = {name: row for name, row in FAMILIES.items() if row.architecture == architecture and key in (None, name)}
+        rows = {name: row for name, row in rows.items() if row.is_written}
         left: list[str] = []
         for name, row in rows.items():
             places = _places(row, config)
@@ -52,7 +53,7 @@ class GgufNames:
             if not left:
                 return cls(name, row, {each: places[each] for each in names})
         if not rows:
-            known = ", ".join(dict.fromkeys(row.architecture for row in FAMILIES.values()))
+            known = ", ".join(dict.fromkeys(row.architecture for row in FAMILIES.values() if row.is_written))
             raise CheckpointError(f"{config.architecture} cannot be written as GGUF; supported: {known}")
         raise CheckpointError(
             f"{len(left)} tensors of this {config.architecture} have no place in GGUF: {name_some(left)}"

@@ -1,8 +1,6 @@
 """write_packed: load a model once, quantised, and store what the kernels read, for `PackedCheckpoint`."""
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,18 +13,17 @@ from quire.layers.linear import LinearWeight
 from quire.model_config import ModelConfig
 from quire.model_config.packed_folder import PackedFolder
 from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.marked_source import MarkedSource
+from quire.models.more_bits import MoreBits
 from quire.models.packed_checkpoint import form_name, part_name
 from quire.models.packed_weights import tensors_of
 from quire.models.registry import load_model
-from quire.models.row_marks import Origin, RowMarks, key_of
+from quire.models.row_marks import Origin, is_stand_in, key_of
 from quire.models.safetensors_file import DTYPES
 from quire.models.safetensors_writer import SafetensorsWriter
-from quire.models.source_around import SourceAround
-from quire.models.stand_in_packing import StandInPacking
 from quire.models.weights import TensorSource
 from quire.quantization import WeightFormat
 
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 _NAMES = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
 
 
@@ -47,14 +44,15 @@ def write_packed(
         )
     writer = SafetensorsWriter(folder, "packed")
     recorder = PackingRecorder(config, open_checkpoint(source), writer, on_bytes)
-    load_model(config, recorder, kernels_for("cpu"), quantization, packing=recorder)
+    more = MoreBits.choose(config, open_checkpoint(source), quantization)
+    load_model(config, recorder, kernels_for("cpu"), quantization, packing=more.around(recorder))
     recorder.write_floats()
     files = sorted(set(writer.finish().values()))
     listed = PackedFolder(quantization, cpu.PACKING, tuple(files), frozenset(recorder.packed_layers))
     return listed.to_dict()
 
 
-class PackingRecorder(SourceAround, StandInPacking):
+class PackingRecorder(MarkedSource):
     """A `TensorSource` over another that hands out stand-ins of matrices, and the `Packing` that gets them back: it
     packs the matrices that they stand for, and writes the result."""
 
@@ -65,25 +63,16 @@ class PackingRecorder(SourceAround, StandInPacking):
         writer: SafetensorsWriter,
         on_bytes: Callable[[int], None],
     ) -> None:
-        super().__init__(source)
-        self._config = config
+        super().__init__(config, source)
         self._writer, self._on_bytes = writer, on_bytes
-        self._marks = RowMarks()
-        self._matrices: dict[str, LinearWeight] = {}
         self._written: set[str] = set()
         self.packed_layers: set[str] = set()
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._source.take(name, shape)
-        if not self._is_tied_head(name, shape):
+        tensor = super().take(name, shape)
+        if not is_stand_in(tensor):
             self._write(name, tensor)
-            return tensor
-        # A tied model compares its head with its embedding, which is the matrix of this shape that it took first.
-        layer = name.removesuffix(".weight")
-        table = next((each for each, stored in self._matrices.items() if tuple(stored.weight.shape) == shape), layer)
-        if table != layer and torch.equal(tensor.float(), self._matrices[table].floats().float()):
-            layer = table
-        return self._marks.of(layer, (shape[0], shape[1]))
+        return tensor
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._source.take_bytes(name, shape)
@@ -91,18 +80,17 @@ class PackingRecorder(SourceAround, StandInPacking):
         return tensor
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
-        stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)
-        self._matrices[name] = stored
+        stored = super().take_linear(name, shape, bias=bias, transposed=transposed)
         if stored.bias is not None:
             self._write(f"{name}.bias", stored.bias)
-        return replace(stored, weight=self._marks.of(name, shape))
+        return stored
 
     def release(self, tensor: Tensor) -> None:
         """Pages go back when the system needs them."""
 
     def write_floats(self) -> None:
         """Write the matrices that were taken and never packed, as tables of embeddings are."""
-        for name, stored in self._matrices.items():
+        for name, stored in self.matrices.items():
             if name not in self.packed_layers:
                 self._write(f"{name}.weight", stored.floats())
 
@@ -112,7 +100,7 @@ class PackingRecorder(SourceAround, StandInPacking):
         self, experts: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int
     ) -> Sequence[Tensor]:
         """Pack the matrices and write the result; returns tensors of the same shapes without memory."""
-        origins = [self._marks.origins_of(part) for expert in experts for part in expert]
+        origins = [self.marks.origins_of(part) for expert in experts for part in expert]
         found = iter([self._matrix(each) for each in origins])
         matrices = [[next(found) for _ in expert] for expert in experts]
         packed: ExpertWeight
@@ -132,7 +120,7 @@ class PackingRecorder(SourceAround, StandInPacking):
         """The rows that a stand-in stands for."""
         parts = []
         for origin in origins:
-            floats = self._matrices[origin.layer].floats()
+            floats = self.matrices[origin.layer].floats()
             parts.append(floats if origin.rows is None else floats[origin.rows])
             self.packed_layers.add(origin.layer)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -145,7 +133,3 @@ class PackingRecorder(SourceAround, StandInPacking):
         content = tensor.view(-1).view(torch.uint8).numpy().data
         self._writer.add(name, _NAMES[tensor.dtype], tuple(tensor.shape), content)
         self._on_bytes(self._writer.num_bytes)
-
-    def _is_tied_head(self, name: str, shape: tuple[int, ...]) -> bool:
-        is_head = _HEAD.search(name) is not None and len(shape) == 2 and shape[0] == self._config.vocab_size
-        return is_head and self._config.tie_word_embeddings

@@ -13,6 +13,7 @@ from typing import Protocol
 from quire.config import EngineConfig
 from quire.engine.adapters import WaitingForAdapter
 from quire.engine.build_rank import (
+    Phase,
     Target,
     kernel_name,
     load_weights,
@@ -50,9 +51,6 @@ logger = logging.getLogger(__name__)
 RANK_PROGRAM = "quire.engine.rank_process"
 """The module that the other ranks run."""
 
-Phase = Callable[[str, float], None]
-"""Called after each phase of start-up with its name and its seconds."""
-
 
 class OtherRanks(Protocol):
     """A `RankGroup` as this file sees it. Only ranks need msgspec, so one process runs on machines without it."""
@@ -83,7 +81,7 @@ def build_core(
     `on_rank_death` is called in a thread if another rank dies; a step then raises `RankDeadError`.
     """
     group = None
-    if config.tensor_parallel_size > 1:
+    if config.num_ranks > 1:
         group = _start_ranks(config, plan, folder, on_rank_death)
     try:
         return _build_core(
@@ -127,7 +125,7 @@ def _build_core(
     name = kernel_name(config, plan, target.kernels)
     on_phase(f"kernels ({name}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
     preloader = preloader or preload(config, model_config, plan, folder)
-    model, from_cache = load_weights(target, preloader)
+    model, from_cache = load_weights(target, preloader, on_phase)
     on_phase("weights from the cache" if from_cache else "weights", time.perf_counter() - started)
     started = time.perf_counter()
     kv_cache = make_kv_cache(target)
@@ -146,12 +144,12 @@ def _build_core(
         capture=CudaCapture() if plan.graphs else None,
     )
     executor: Executor = runner
-    if group is not None and target.shards is not None:
+    if group is not None:
         started = time.perf_counter()
         group.wait_loaded()
-        target.shards.ranks.connect(group.meeting_file, target.device)
+        target.connect(group.meeting_file)
         executor = group.executor(runner)
-        on_phase(f"{config.tensor_parallel_size} ranks", time.perf_counter() - started)
+        on_phase(f"{config.num_ranks} ranks", time.perf_counter() - started)
     scheduler, events = _make_scheduler(target, tiers)
     core = EngineCore(
         scheduler,
@@ -182,7 +180,7 @@ def _start_ranks(
     def orders(rank: int, meeting_file: Path) -> bytes:
         return msgspec.msgpack.encode(RankLoad(config, plan, str(folder), rank, str(meeting_file)))
 
-    return RankGroup(RANK_PROGRAM, config.tensor_parallel_size, orders, on_death)
+    return RankGroup(RANK_PROGRAM, config.num_ranks, orders, on_death)
 
 
 def _make_scheduler(target: Target, tiers: TierIndex | None) -> tuple[Scheduler, CacheEvents | None]:

@@ -75,6 +75,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,  # a client may call a variable self or messages
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,

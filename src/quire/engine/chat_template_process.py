@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.engine.chat_template import read_response_template, read_sources
-from quire.engine.expendable import Expendable
+from quire.engine.expendable import CostlyQuestionError, Expendable
 from quire.engine.messages import LoadTemplate, Rendered, RenderMessages, decode_from_renderer
 from quire.errors import EngineUnavailableError, QueueFullError, RequestError
 
@@ -44,7 +44,7 @@ class ChatTemplateProcess:
         """Start a process in the background, so that the first chat need not wait for it."""
         self._threads.submit(self._start)
 
-    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    async def render(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> str:
         """`ChatTemplate.render`. Raises `RequestError`, and `QueueFullError` if more than `MAX_WAITING` wait."""
         if self._num_waiting >= MAX_WAITING:
             raise QueueFullError(f"{MAX_WAITING} chats are waiting to be rendered", retry_after=1)
@@ -83,7 +83,7 @@ class ChatTemplateProcess:
         process = self._idle.pop()
         try:
             answer = process.ask(RenderMessages([dict(message) for message in messages], options))
-        except EngineUnavailableError as error:
+        except CostlyQuestionError as error:
             raise RequestError(
                 "the model's chat template takes too much time or memory for these messages; shorten them",
                 param="messages",

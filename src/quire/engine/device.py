@@ -72,7 +72,7 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
 
 def check_devices(number: int, device: Device) -> None:
     """Raise `ConfigError` if there are fewer cards than ranks of all engines; each has one of its own."""
-    what = f"tensor_parallel_size times data_parallel_size is {number}"
+    what = f"tensor_parallel_size times pipeline_parallel_size times data_parallel_size is {number}"
     if number > 1 and device.type == "mps":
         raise ConfigError(f"{what}, but mps is one device; leave them out")
     if number > 1 and device.type == "cuda" and device.is_here and number > device.number:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from quire.engine.messages import FrameBuffer, FromEngine, ToEngine, decode_from_engine, encode
-from quire.engine.process_activity import Activity, activity, describe_exit, num_oom_kills
+from quire.engine.process_activity import Activity, activity, describe_exit, is_stopped, num_oom_kills
 from quire.engine.step_record import StepRecord
 
 PROGRAM = "quire.engine.engine_process"
@@ -55,9 +55,13 @@ class EngineChild:
 
     @classmethod
     async def spawn(cls) -> "EngineChild":
-        """Start a process. Raises `OSError` if the system cannot."""
-        mine, theirs = socket.socketpair()
+        """Start a process. Raises `OSError`, or `RuntimeError` for want of a thread, if the system cannot."""
         record = StepRecord()
+        try:
+            mine, theirs = socket.socketpair()
+        except BaseException:
+            record.close()
+            raise
         process: asyncio.subprocess.Process | None = None
         try:
             with theirs:
@@ -95,6 +99,11 @@ class EngineChild:
         """Whether the process has carried out every message and is in no step."""
         return self._num_sent == self.record.num_handled and not self.record.in_step
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal from outside has stopped the process."""
+        return is_stopped(self.pid)
+
     def activity(self) -> Activity | None:
         """As `process_activity.activity`."""
         return activity(self.pid)
@@ -119,6 +128,10 @@ class EngineChild:
         self._killed_for = cause
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+
+    async def wait_exit(self) -> int:
+        """Wait for the end of the process; returns its exit code."""
+        return await self._process.wait()
 
     async def wait_dead(self) -> Death:
         """Wait for the end of a process whose connection has ended."""

@@ -157,7 +157,7 @@ class EngineClient:
         self._phase = "restarting"
         try:
             return await self._spawn()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             logger.error("no engine process can be started: %s", error)
             await self._back_off(Death("the system cannot start a process", True, frozenset()))
             return None

@@ -6,9 +6,9 @@ which outlives it, says what it is doing.
 """
 
 import gc
+import math
 import os
 import select
-import signal
 import socket
 import sys
 import traceback
@@ -18,6 +18,7 @@ from time import perf_counter
 
 from quire.engine.core import EngineCore
 from quire.engine.device import bind_to_node, take_cards
+from quire.engine.group_signals import leave_to_parent
 from quire.engine.messages import (
     Abort,
     Add,
@@ -65,6 +66,8 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._buffer = FrameBuffer()
+        self._poll = select.poll()  # select() takes no descriptor above 1,023, and a server may have many
+        self._poll.register(sock, select.POLLIN)
 
     def receive(self, *, wait: float | None) -> list[ToEngine]:
         """Messages that have arrived. Waits up to `wait` seconds for the first one, for ever if None.
@@ -72,7 +75,8 @@ class Connection:
         Raises `EOFError` if the other end has closed.
         """
         messages: list[ToEngine] = []
-        while select.select([self._socket], [], [], 0 if messages else wait)[0]:
+        milliseconds = None if wait is None else math.ceil(1e3 * wait)
+        while self._poll.poll(0 if messages else milliseconds):
             data = self._socket.recv(_CHUNK_BYTES)
             if not data:
                 raise EOFError
@@ -85,8 +89,7 @@ class Connection:
 
 def main(fd: int, record_fd: int, make_core: MakeCore, prepare: Callable[[], None]) -> None:
     """Be an engine process for as long as the other end of the socket lives. `prepare` is the work of a spare."""
-    # Ctrl-C in a terminal reaches the whole process group; only the API process handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     connection, record = Connection(socket.socket(fileno=fd)), StepRecord(record_fd)
     try:
         first, *messages = connection.receive(wait=None)
@@ -119,12 +122,12 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
-    take_cards(load.index, load.config.tensor_parallel_size)
+    take_cards(load.index, load.config.num_ranks)
     model_config = read_model(load.config, folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     import_engine()
-    bind_to_node(0, load.config.tensor_parallel_size)
+    bind_to_node(0, load.config.num_ranks)
     from quire.engine.build import build_core
 
     connection.send(PhaseDone("import torch", perf_counter() - started))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import tokenizer_folder
-from quire.engine.expendable import Expendable
+from quire.engine.expendable import CostlyQuestionError, Expendable
 from quire.engine.messages import CheckGrammar, LoadVocabulary, decode_from_checker
 from quire.errors import QueueFullError, RequestError
 from quire.model_config import ModelConfig
@@ -54,7 +54,11 @@ class GrammarChecker:
         """The size of the compiled grammar in bytes. Raises `RequestError` if it cannot be compiled."""
         num_bytes = self._known.pop(spec, None)
         if num_bytes is None:
-            answer = self._process.ask(CheckGrammar(spec))
+            try:
+                answer = self._process.ask(CheckGrammar(spec))
+            except CostlyQuestionError as error:
+                message = f"{spec.asked_as}: the {spec.kind} takes too much time or memory to check; make it simpler"
+                raise RequestError(message, param=spec.asked_as, code="invalid_grammar") from error
             if answer.error is not None:
                 raise RequestError(answer.error, param=spec.asked_as, code=answer.code)
             num_bytes = answer.num_bytes

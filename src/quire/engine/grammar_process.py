@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from quire.engine.grammars import read_compiler
+from quire.engine.group_signals import leave_to_parent
 from quire.engine.messages import (
     CheckGrammar,
     FrameBuffer,
@@ -39,8 +40,7 @@ MAX_CPU_SECONDS = 2
 
 
 def main(fd: int) -> None:
-    # As in the engine process: only the API process handles Ctrl-C.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     connection = socket.socket(fileno=fd)
     frames = FrameBuffer()
     compiler: Compiler | None = None

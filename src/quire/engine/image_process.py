@@ -6,13 +6,13 @@ process if one image takes too much CPU time, and gives it no more than `MAX_BYT
 
 import os
 import resource
-import signal
 import socket
 import sys
 from hashlib import blake2b
 
 import numpy as np
 
+from quire.engine.group_signals import leave_to_parent
 from quire.engine.messages import (
     DecodeImage,
     FrameBuffer,
@@ -35,8 +35,7 @@ MAX_BYTES = 3 * 2**29
 
 
 def main(fd: int) -> None:
-    # As in the engine process: only the API process handles Ctrl-C.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     _limit(resource.RLIMIT_AS, MAX_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
     connection = socket.socket(fileno=fd)

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
 from quire.config import EngineConfig
-from quire.engine.expendable import Expendable
+from quire.engine.expendable import CostlyQuestionError, Expendable
 from quire.engine.messages import DecodeImage, ImageAnswer, PrepareImages, decode_from_image_process
-from quire.errors import EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import QueueFullError, RequestError
 from quire.image_input import ReadImage
 from quire.model_config import VisionConfig
 
@@ -66,7 +66,7 @@ class ImageReader:
         first = self._process.start()  # that it does not start is no client's mistake
         try:
             answer = self._process.ask(DecodeImage(data)) if first is None or first.error is None else first
-        except EngineUnavailableError as error:
+        except CostlyQuestionError as error:
             raise RequestError(
                 "the image takes too much time or memory to read; send a smaller one",
                 param="messages",
@@ -79,7 +79,7 @@ class ImageReader:
         return answer.image
 
     def kill(self) -> None:
-        """End the process; a pending `read` raises `RequestError`."""
+        """End the process; a pending `read` raises `EngineUnavailableError`."""
         self._process.kill()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 
@@ -14,7 +14,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.lora.registry import Adapter
 from quire.model_config import ModelConfig
-from quire.request import Request, Task
+from quire.request import PrefilledPrompt, Request, Task
 from quire.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -29,6 +29,18 @@ class RequestOptions(TypedDict, total=False):
     tenant: str
     workload: str
     adapter: Adapter | None
+
+
+class _Tokens(NamedTuple):
+    """A prompt's tokens."""
+
+    text: str | None
+    """The prompt, if it was given as text."""
+    token_ids: list[int]
+    second_text: int = 0
+    """Index of a pair's second text; 0: there is none."""
+    is_known: bool = False
+    """All tokens were found in the vocabulary."""
 
 
 class InputProcessor:
@@ -46,6 +58,7 @@ class InputProcessor:
     ) -> None:
         self._model_config = model_config
         self._vocab_size = model_config.vocab_size
+        self._known_ids: Any = list[Annotated[int, msgspec.Meta(ge=0, lt=model_config.vocab_size)]]
         self._eos_token_ids = model_config.eos_token_ids
         if not self._eos_token_ids and tokenizer is not None and tokenizer.eos_token_id is not None:
             self._eos_token_ids = (tokenizer.eos_token_id,)
@@ -70,7 +83,7 @@ class InputProcessor:
     ) -> tuple[Request, str | None]:
         """The request, and the prompt if it was given as text. Raises `RequestError`."""
         check_task(self._model_config, task)
-        text, token_ids, second_text = self._tokens_of(prompt)
+        text, token_ids, second_text, is_known = self._tokens_of(prompt)
         inputs, pixels = (prompt.inputs, prompt.pixels) if isinstance(prompt, ImagePrompt) else ((), ())
         if params.truncate_prompt_tokens is not None:
             if inputs:
@@ -106,13 +119,27 @@ class InputProcessor:
             pixels=pixels,
             adapter=adapter.digest if adapter is not None else "",
             adapter_path=adapter.path if adapter is not None else "",
+            prefilled=isinstance(prompt, PrefilledPrompt),
             num_returned=num_returned,
             hides_logprobs=hides_logprobs,
         )
         check_request(
-            request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs, max_model_len=self._max_model_len
+            request,
+            vocab_size=self._vocab_size,
+            max_logprobs=self._max_logprobs,
+            max_model_len=self._max_model_len,
+            knows_prompt=is_known or self._knows(token_ids),
         )
         return request, text
+
+    def _knows(self, token_ids: list[int]) -> bool:
+        """Whether all are integers of the vocabulary: a quarter of the time of min and max. False if this cannot say,
+        as with numpy's integers."""
+        try:
+            msgspec.convert(token_ids, self._known_ids)
+        except msgspec.ValidationError:
+            return False
+        return True
 
     def _truncated(self, token_ids: list[int], keep: int, room: int) -> list[int]:
         """The last tokens, or what an encoder reads; −1: as many as there is room for."""
@@ -123,13 +150,12 @@ class InputProcessor:
 
     def token_ids_of(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt. Raises `RequestError`."""
-        return self._tokens_of(prompt)[1]
+        return self._tokens_of(prompt).token_ids
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int], int]:
-        """Text if it was given, token ids, and the index of a pair's second text (0: there is none)."""
+    def _tokens_of(self, prompt: Prompt) -> "_Tokens":
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"]), prompt.get("second_text", 0)
+                return _Tokens(prompt.get("prompt"), list(prompt["prompt_token_ids"]), prompt.get("second_text", 0))
             if "prompt" not in prompt:
                 raise RequestError(
                     f"a prompt given as a mapping needs the key prompt or prompt_token_ids; it has {sorted(prompt)}",
@@ -139,15 +165,17 @@ class InputProcessor:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError("the model has no tokenizer: send token ids instead of text", param="prompt")
-            return prompt, self._tokenizer.encode(prompt), 0
+            return _Tokens(prompt, self._tokenizer.encode(prompt))
         token_ids = list(prompt)
         if isinstance(prompt, ImagePrompt):
-            return prompt.text, token_ids, 0
-        try:
-            msgspec.convert(token_ids, list[int])  # neither bool nor numpy's; a quarter of the time of a look at types
-        except msgspec.ValidationError:
-            raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt") from None
-        return None, token_ids, 0
+            return _Tokens(prompt.text, token_ids)
+        is_known = self._knows(token_ids)
+        if not is_known:
+            try:
+                msgspec.convert(token_ids, list[int])  # neither bool nor numpy's; quicker than a look at each type
+            except msgspec.ValidationError:
+                raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt") from None
+        return _Tokens(None, token_ids, is_known=is_known)
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """`Tokenizer.bad_word_ids`. Raises `RequestError` if there is no tokenizer."""

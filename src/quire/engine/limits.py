@@ -12,13 +12,16 @@ NOTHING_YET: Mapping[int, SampleProgress] = MappingProxyType({})
 """The progress of a request that no other engine began."""
 
 
-def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_model_len: int) -> None:
+def check_request(
+    request: Request, *, vocab_size: int, max_logprobs: int, max_model_len: int, knows_prompt: bool = False
+) -> None:
     """Raise `RequestError` for a prompt without room in the context, for tokens outside the vocabulary, and for more
-    log-probabilities than allowed."""
+    log-probabilities than allowed. With `knows_prompt` the prompt's tokens are known to be in the vocabulary."""
     params = request.params
     num_output = 0 if request.task is Task.EMBED else 1
     check_prompt_length(len(request.prompt_token_ids), max_model_len, num_output=num_output)
-    _check_tokens("prompt", request.prompt_token_ids, vocab_size)
+    if not knows_prompt:
+        _check_tokens("prompt", request.prompt_token_ids, vocab_size)
     for output in request.output_token_ids.values():
         _check_tokens("output_token_ids", output, vocab_size)
     _check_tokens("stop_token_ids", params.stop_token_ids, vocab_size)

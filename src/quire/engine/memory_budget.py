@@ -107,7 +107,7 @@ def make_budget(
     on_cuda = device.type == "cuda"
     # A captured step would need the slots of states as fixed inputs, and all ranks would have to capture together.
     captures = (
-        on_cuda and backend.captures and not config.enforce_eager and not spec.state_bytes and model.num_ranks == 1
+        on_cuda and backend.captures and not config.enforce_eager and not spec.state_bytes and config.num_ranks == 1
     )
     return MemoryBudget(
         available=available,

@@ -23,11 +23,11 @@ from quire.engine.memory_refusals import (
     with_packed_form,
 )
 from quire.engine.memory_sizes import available_memory, show_bytes
+from quire.engine.rank_parts import parts
 from quire.engine.state_memory import StateMemory, plan_states
 from quire.errors import ConfigError
 from quire.kv_groups import KVGroup, describe_groups, most_blocks, window_alignment
 from quire.model_config import ModelConfig
-from quire.model_config.divided import divide
 
 MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
@@ -195,16 +195,26 @@ def plan_memory(
     """
     device = device or find_device(config.device)
     config = with_packed_form(config, model)
-    num_ranks = config.tensor_parallel_size
-    check_devices(num_ranks, device)
-    model = divide(model, num_ranks)
+    check_devices(config.num_ranks, device)
+    host = available_memory() if available is None else available
+    plans = [_plan_part(config, part, host, device) for part in parts(config, model)]
+    # One scheduler plans for the pools of all ranks, so the smallest decides.
+    return replace(
+        min(plans, key=lambda plan: (plan.num_blocks, -plan.kv_cache)),
+        max_num_seqs=min(plan.max_num_seqs for plan in plans),
+        num_state_slots=min(plan.num_state_slots for plan in plans),
+    )
+
+
+def _plan_part(config: EngineConfig, model: ModelConfig, host: int, device: Device) -> MemoryPlan:
+    """The plan of one rank, which holds `model`, on a machine of `host` bytes."""
+    num_ranks = config.num_ranks
     longest = config.max_model_len or model.default_model_len
     if model.needs_whole_texts:
         longest = check_whole_texts(config, model, longest)
     choice = _choose_storage(config, model, device, longest)
     check_packed_form(model, choice.backend)
     check_backend(config, choice, device)
-    host = available_memory() if available is None else available
     on_card = device.total_memory is not None
     available = int((device.total_memory or 0) * config.gpu_memory_utilization) if on_card else host // num_ranks
     budget = make_budget(config, model, choice, device, available)

@@ -64,10 +64,10 @@ def with_packed_form(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         raise ConfigError(
             "load_format is dummy, but the folder holds packed weights; leave it out, or give the original"
         )
-    if config.tensor_parallel_size > 1:
+    if config.num_ranks > 1:
         raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, but the folder holds packed weights, which cannot "
-            "be divided; serve the original"
+            f"tensor_parallel_size times pipeline_parallel_size is {config.num_ranks}, but the folder holds packed "
+            "weights, which cannot be divided; serve the original"
         )
     return replace(config, quantization=model.packed_as)
 

@@ -25,6 +25,8 @@ Render = Callable[[list[dict[str, Any]]], str]
 _PROBE = "quireprobe"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning; templates read the first, gpt-oss's the second."""
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Type of a part that is a text, in chats or responses → the field with the text."""
 _QUESTION = {"role": "user", "content": "a"}
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
 _AROUND: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
@@ -90,6 +92,9 @@ def plain_message(message: object, index: int) -> dict[str, Any]:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     content = plain.get("content")
     if isinstance(content, list):
+        thoughts, content = _thoughts_apart(content, index)
+        if thoughts and reasoning is None:
+            plain |= dict.fromkeys(("thinking", "reasoning_content"), thoughts)
         plain["content"] = [
             part if isinstance(part, Mapping) and "marker" in part else _part(_text_of_part(part, index))
             for part in content
@@ -125,12 +130,28 @@ def _writes(render: Render, role: str, content: Any) -> bool:
     return _PROBE in text and f"'{_PROBE}'" not in text and (isinstance(content, str) or f'"{_PROBE}"' not in text)
 
 
+def _thoughts_apart(parts: list[Any], index: int) -> tuple[str, list[Any]]:
+    """The reasoning among the parts of a message, as Mistral's and Anthropic's clients keep it, and the other parts."""
+    thoughts, others = list[str](), list[Any]()
+    for part in parts:
+        match part:
+            case {"type": "thinking", "thinking": str(text)}:
+                thoughts.append(text)
+            case {"type": "thinking", "thinking": list(texts)}:
+                thoughts += [_text_of_part(text, index) for text in texts]
+            case _:
+                others.append(part)
+    return "".join(thoughts), others
+
+
 def _text_of_part(part: object, index: int) -> str:
     match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": "text"}:
-            raise RequestError(f"messages[{index}].content has a part of type 'text' without a text", param="messages")
+        case {"type": str(kind), **fields} if (name := _TEXTS.get(kind)) is not None:
+            if isinstance(text := fields.get(name), str):
+                return text
+            raise RequestError(
+                f"messages[{index}].content has a part of type {kind!r} without a {name}", param="messages"
+            )
         case {"type": kind}:
             raise RequestError(
                 f"messages[{index}].content has a part of type {kind!r}; only text parts are supported",

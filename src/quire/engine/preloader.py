@@ -20,8 +20,8 @@ from quire.engine.device import usable_cores
 from quire.engine.fingerprint import weights_fingerprint
 from quire.engine.malloc_arena import MallocArena
 from quire.engine.memory_plan import MemoryPlan
+from quire.engine.rank_parts import part_of
 from quire.model_config import ModelConfig
-from quire.model_config.divided import divide
 from quire.models.weights_cache import PackedTensor, WeightsCache
 
 PACKING_BACKEND = "cpu"
@@ -100,7 +100,7 @@ class Preloader:
 
 def preload(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, folder: Path) -> Preloader:
     """Begin to preload for a `build_core` call with the same arguments."""
-    model_config = divide(model_config, config.tensor_parallel_size)
+    model_config = part_of(config, model_config)
     source = None if config.load_format == "dummy" else folder
     arena = None
     if plan.device == "cpu":

@@ -22,9 +22,8 @@ class Activity:
 
 def activity(pid: int) -> Activity | None:
     """The activity of a process; None if the system does not say."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
+    stat = _stat(pid)
+    if stat is None:
         return None
     work = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
     num_faults, num_read = int(stat[7]) + int(stat[9]), 0
@@ -33,6 +32,20 @@ def activity(pid: int) -> Activity | None:
             if line.startswith("rchar:"):
                 num_read = int(line.partition(":")[2])
     return Activity(work + num_read / 2**20, num_read // 2**20 + num_faults // _FAULTS_OF_PROGRESS)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal and waits to be continued; False if the system does not say."""
+    stat = _stat(pid)
+    return stat is not None and stat[0] in "Tt"
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
 
 
 def num_oom_kills() -> int:

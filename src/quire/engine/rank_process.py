@@ -4,7 +4,6 @@ It loads its part of the weights, meets the other ranks, and runs each plan that
 """
 
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -13,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from quire.engine.device import bind_to_node
+from quire.engine.group_signals import leave_to_parent
 from quire.engine.messages import RankLoad
 from quire.engine.model_task import read_model
 from quire.engine.preloader import without_garbage_collection
@@ -23,14 +23,14 @@ from quire.parallel.frames import receive_frame
 
 def main(fd: int) -> None:
     """Be a rank for as long as the other end of the socket lives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in an engine process, Ctrl-C is handled elsewhere
+    leave_to_parent()
     sock = socket.socket(fileno=fd)
     first = receive_frame(sock)
     if first is None:
         return
     exit_with(sock)
     load = msgspec.msgpack.decode(first, type=RankLoad)
-    bind_to_node(load.rank, load.config.tensor_parallel_size)
+    bind_to_node(load.rank, load.config.num_ranks)
     with without_garbage_collection():
         from quire.engine.build_rank import build_follower
     try:

@@ -6,11 +6,11 @@ system ends this process if one rendering takes too much CPU time, and gives it 
 
 import os
 import resource
-import signal
 import socket
 import sys
 
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.group_signals import leave_to_parent
 from quire.engine.messages import FrameBuffer, LoadTemplate, Rendered, RenderMessages, decode_to_renderer, encode
 from quire.errors import CheckpointError, RequestError
 
@@ -21,8 +21,7 @@ MAX_BYTES = 2**30
 
 
 def main(fd: int) -> None:
-    # As in the engine process: only the API process handles Ctrl-C.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     _limit(resource.RLIMIT_AS, MAX_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
     connection = socket.socket(fileno=fd)

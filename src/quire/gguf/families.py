@@ -41,6 +41,8 @@ class Family:
     """What is added to the object of a stretched rotary embedding."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """What llama.cpp computes for the architecture, whatever the metadata say, by keys of config.json."""
+    is_written: bool = True
+    """Whether `quire convert` can write such files, too."""
 
 
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -112,6 +114,22 @@ _DEEPSEEK2 = {
     "attn_k_b": "self_attn.k_b_proj",
     "attn_v_b": "self_attn.v_b_proj",
     "attn_output": "self_attn.o_proj",
+}
+_QWEN3_NEXT = {
+    **_ATTENTION,
+    **{part: name for part, name in _EXPERTS.items() if "ffn_" in part and part != "ffn_norm"},
+    **_SHARED_EXPERT,
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ssm_in": "linear_attn.in_proj_qkvz",  # in files of the first weeks; later ones have the next two
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_ba": "linear_attn.in_proj_ba",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_a": f"{WHOLE}linear_attn.A_log",
+    "ssm_dt": f"{WHOLE}linear_attn.dt_bias",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
 }
 _STABLELM = {
     **_LLAMA,
@@ -202,6 +220,22 @@ FAMILIES: dict[str, Family] = {
         parts=_EXPERTS,
         settings=_EXPERT_SETTINGS,
         values={"norm_topk_prob": True},
+    ),
+    "qwen3next": Family(
+        architecture="Qwen3NextForCausalLM",
+        ends=_ENDS,
+        parts=_QWEN3_NEXT,
+        unit_offset=True,
+        settings={
+            **_EXPERT_SETTINGS,
+            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+            "linear_num_key_heads": "ssm.group_count",
+            "linear_num_value_heads": "ssm.time_step_rank",
+            "linear_key_head_dim": "ssm.state_size",
+            "linear_conv_kernel_dim": "ssm.conv_kernel",
+        },
+        values={"norm_topk_prob": True},
+        is_written=False,
     ),
     "granitemoe": Family(
         architecture="GraniteMoeForCausalLM",

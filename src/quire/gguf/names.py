@@ -67,6 +67,7 @@ def _named(file: GgufFile, family: Family, name: str) -> Iterator[tuple[str, Nam
     prefix, part, names = "", stem, family.ends
     if name.startswith(_BLOCK):
         layer, _, part = stem.removeprefix(_BLOCK).partition(".")
+        part = part or ending  # "blk.0.ssm_a" has no ending
         prefix, names = family.layer.format(layer), family.parts
         if part.startswith(_UNREAD):
             return

@@ -16,6 +16,8 @@ HOST, DISK = "host", "disk"
 STAGING_BYTES = 64 * 2**20
 """Memory for blocks on their way to the disk, and as much for those from it; more only for very large blocks."""
 MIN_STAGED_BLOCKS = 4
+MAX_EXPECTED = 1 << 16
+"""Most blocks that are remembered as computed by another engine."""
 _WEIGHT = 0.2
 """Weight of the newest measurement in a running mean."""
 _MAX_AGE = 60.0
@@ -41,8 +43,17 @@ class Tier:
         *,
         state_bytes: int = 0,
         changes: Callable[[], Iterable[tuple[bytes, int]]] = tuple,
+        eager: bool = False,
+        fetches: bool = False,
     ) -> None:
         """`changes`: what other engines stored (hash, bytes) or removed (hash, 0) since the last call."""
+        self.eager = eager
+        """Blocks are stored as soon as they are full, for engines that fetch them."""
+        self.fetches = fetches
+        """A block that is not stored may come from another engine."""
+        self._expected: dict[bytes, int] = {}
+        """Blocks and states that another engine was asked to compute and their space, oldest first. They are read as if
+        they were stored here, but take nothing of the capacity."""
         self.block_bytes = block_bytes
         """Space that one more block takes."""
         self.state_bytes = state_bytes
@@ -56,6 +67,19 @@ class Tier:
         self.stats.num_bytes = sum(self._sizes.values())
         self.stats.num_blocks = len(self._sizes)
 
+    def expect(self, block_hash: bytes, *, is_state: bool = False) -> None:
+        """Another engine has a block or a state."""
+        self._expected[block_hash] = self.state_bytes if is_state else self.block_bytes
+        if len(self._expected) > MAX_EXPECTED:
+            del self._expected[next(iter(self._expected))]
+
+    def expects(self, block_hash: bytes) -> bool:
+        return block_hash in self._expected
+
+    def forget(self, block_hash: bytes) -> None:
+        """A block has come from another engine, or will not."""
+        self._expected.pop(block_hash, None)
+
     def __contains__(self, block_hash: bytes) -> bool:
         return block_hash in self._sizes
 
@@ -67,8 +91,8 @@ class Tier:
         self._sizes.move_to_end(block_hash)
 
     def size(self, block_hash: bytes) -> int:
-        """The space of what is stored; of a block if nothing is."""
-        return self._sizes.get(block_hash, self.block_bytes)
+        """The space of what is stored or expected; of a block if nothing is."""
+        return self._sizes.get(block_hash) or self._expected.get(block_hash, self.block_bytes)
 
     def num_blocks(self, block_hash: bytes) -> int:
         """The same in blocks, for whose bytes rates are measured."""

@@ -12,8 +12,18 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that dies is seen at once; this bounds one that stands still where no watchdog looks."""
 
 
+def meet(meeting_file: Path, rank: int, size: int, device: torch.device) -> Any:
+    """The process group of those that meet at a file; all wait for each other. NCCL joins cards, gloo everything
+    else. A group of its own is used, so several models can live in one process."""
+    store = dist.FileStore(str(meeting_file), size)  # type: ignore[attr-defined]  # documented
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+    return dist.ProcessGroupGloo(store, rank, size, COLLECTIVE_TIMEOUT)
+
+
 class Ranks:
-    """This process's rank among `size`. A group of its own is used, so several models can live in one process."""
+    """This process's rank among `size`."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -22,14 +32,8 @@ class Ranks:
         """A process group: gloo's and NCCL's have no type in common."""
 
     def connect(self, meeting_file: Path, device: torch.device) -> None:
-        """Meet the other ranks. All wait for each other here. NCCL joins cards, gloo everything else."""
-        store = dist.FileStore(str(meeting_file), self.size)  # type: ignore[attr-defined]  # documented
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            options = dist.ProcessGroupNCCL.Options()
-            self._group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-        else:
-            self._group = dist.ProcessGroupGloo(store, self.rank, self.size, COLLECTIVE_TIMEOUT)
+        """Meet the other ranks. All wait for each other here."""
+        self._group = meet(meeting_file, self.rank, self.size, device)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the ranks' tensors of one shape, in place; the same bits on all ranks."""

@@ -45,6 +45,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         **_rope(file, family, prefix, sizes),
         **_of_falcon(file, sizes),
         **_of_latents(file, prefix),
+        **_of_delta_nets(file, sizes),
         "rms_norm_eps": _norm_eps(file, prefix),
         "query_pre_attn_scalar": _query_scalar(file, sizes),
         "multi_query": sizes["num_key_value_heads"] == 1,
@@ -166,16 +167,28 @@ def _of_latents(file: GgufFile, prefix: str) -> dict[str, Any]:
     return {"qk_nope_head_dim": length - rope_dim, "q_lora_rank": rank or None}
 
 
+def _of_delta_nets(file: GgufFile, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Which layers of Qwen3-Next are gated delta nets, and the length of a head's values."""
+    if file.architecture != "qwen3next":
+        return {}
+    num_heads, inner = file.integer("qwen3next.ssm.time_step_rank"), file.integer("qwen3next.ssm.inner_size")
+    if inner % num_heads:
+        raise file.refusal("qwen3next.ssm.inner_size", f"a multiple of the {num_heads} heads (ssm.time_step_rank)")
+    recurrent = [f"blk.{layer}.ssm_out.weight" in file.tensors for layer in range(sizes["num_hidden_layers"])]
+    kinds = ["linear_attention" if each else "full_attention" for each in recurrent]
+    return {"linear_value_head_dim": inner // num_heads, "layer_types": kinds}
+
+
 def _norm_eps(file: GgufFile, prefix: str) -> float:
     keys = (f"{prefix}attention.layer_norm_rms_epsilon", f"{prefix}attention.layer_norm_epsilon")
     return file.number(next((key for key in keys if key in file.metadata), keys[0]), 1e-5)
 
 
-def _query_scalar(file: GgufFile, sizes: dict[str, Any]) -> float:
+def _query_scalar(file: GgufFile, sizes: dict[str, Any]) -> int:
     """Gemma's largest models scale by the width of a head that would divide the model."""
     if sizes["num_hidden_layers"] == _NUM_LAYERS_OF_GEMMA_27B.get(file.architecture):
-        return float(sizes["hidden_size"] // sizes["num_attention_heads"])
-    return float(sizes["head_dim"])
+        return int(sizes["hidden_size"]) // int(sizes["num_attention_heads"])
+    return int(sizes["head_dim"])
 
 
 def _rope(file: GgufFile, family: Family, prefix: str, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from quire.errors import CheckpointError
 from quire.gguf.file import is_gguf, read_gguf
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
+from quire.layer_stage import Stage
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig
@@ -183,6 +184,8 @@ class ModelConfig:
 
     num_ranks: int = 1
     """Ranks that hold the model together; above 1, heads and inner widths are those of one of them (`divided`)."""
+    stage: Stage | None = None
+    """The layers of this rank, where ranks hold them one after the other (`stages`); None: all."""
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     stored: StoredWeights | None = None
@@ -260,6 +263,11 @@ class ModelConfig:
         if rope.rope_type == "yarn":
             return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
         return self.max_position_embeddings
+
+    @property
+    def first_layer(self) -> int:
+        """Index in the checkpoint of the first layer."""
+        return 0 if self.stage is None else self.stage.first_layer
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in the place of its MLP."""
@@ -351,7 +359,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
     head_bias = (VectorSpec("head.bias", num_tokens),) if config.head_bias else ()
     vision = config.vision
     encoder = () if vision is None else vision.vectors
-    return ModelSpec(
+    spec = ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", num_tokens, width),
         head=None if config.is_encoder else LinearSpec("head", num_tokens, width),
@@ -368,6 +376,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         + (distances if config.num_distance_buckets else ())
         + encoder,
     )
+    return spec if config.stage is None else config.stage.own_part(spec)
 
 
 def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:

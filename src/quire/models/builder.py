@@ -26,7 +26,7 @@ from quire.layers.linear import (
     head_format,
     output_head,
 )
-from quire.layers.norm import LayerNorm, Norm, RMSNorm
+from quire.layers.norm import LayerNorm, NoNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
 from quire.models.safetensors_file import RELEASED_BYTES
 from quire.models.shards import Division, Part
@@ -113,8 +113,25 @@ class Builder:
         dtype = self.weights.activation_dtype
         return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
 
+    def final_norm(self, name: str) -> Norm:
+        """The norm before the head, which the last stage has; what the others pass on is the residual stream."""
+        return self.norm(name) if self.is_last_stage else NoNorm()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the model's first layer is here."""
+        return self.config.stage is None or self.config.stage.is_first
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the model's last layer is here."""
+        return self.config.stage is None or self.config.stage.is_last
+
     def table(self, name: str, width: int, head: str = "lm_head") -> Table:
-        """The token embeddings [vocab_size, width]. Of a tied model the checkpoint may hold the head alone."""
+        """The token embeddings [vocab_size, width]. Of a tied model the checkpoint may hold the head alone. A stage
+        that has neither embedding nor tied head gets no rows."""
+        if not self.is_first_stage and not (self.is_last_stage and self.config.tie_word_embeddings):
+            return torch.empty(0, width, device=getattr(self.weights.source, "device", "cpu"))
         shape = (self.config.vocab_size, width)
         if self.weights.adapters is not None:
             self.weights.adapters.embedding_name = self.weights.prefix + name
@@ -123,27 +140,36 @@ class Builder:
         layer = self._own_tokens(layer)
         return layer.floats() if isinstance(layer.weight, CodedMatrix) else layer.weight
 
-    def ends(self, table: Table, head_name: str = "lm_head") -> tuple[TokenEmbedding, Linear]:
+    def ends(self, table: Table, head_name: str = "lm_head") -> tuple[TokenEmbedding | None, Linear | None]:
         """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`. A
         tied head may still have a bias of its own.
 
-        A checkpoint that ties them and yet holds a head with other values has an untied head, as in transformers.
+        A checkpoint that ties them and yet holds a head with other values has an untied head, as in transformers. A
+        stage has none of them, or one, and of a tied model both.
         """
         num_outputs, num_inputs = self.config.vocab_size, table.shape[1]
         has_bias = self.config.head_bias
+        if not self.is_first_stage and not self.is_last_stage:
+            return None, None
         if self.config.tie_word_embeddings and not self._holds_other_head(table, head_name):
             bias = self.weights.take(f"{head_name}.bias", (num_outputs,)) if has_bias else None
             if bias is not None and self.weights.shards is not None:
                 bias = bias[self.weights.shards.vocabulary]
-            head = self._head(LinearWeight(table, bias), head_name)
-            return self._adapted(TiedEmbedding(head)), head
-        stored = self._own_tokens(self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias))
-        embedding: TokenEmbedding
+            tied = self._head(LinearWeight(table, bias), head_name)
+            return self._adapted(TiedEmbedding(tied)), tied
+        embedding: TokenEmbedding | None = None
+        head: Linear | None = None
+        if self.is_first_stage:
+            embedding = self._adapted(self._embedding(table))
+        if self.is_last_stage:
+            stored = self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias)
+            head = self._head(self._own_tokens(stored), head_name)
+        return embedding, head
+
+    def _embedding(self, table: Table) -> TokenEmbedding:
         if isinstance(table, BlockMatrix):
-            embedding = PackedEmbedding(self.kernels, self.kernels.pack_blocks([table]), num_inputs)
-        else:
-            embedding = Embedding(table, self.weights.activation_dtype)
-        return self._adapted(embedding), self._head(stored, head_name)
+            return PackedEmbedding(self.kernels, self.kernels.pack_blocks([table]), table.shape[1])
+        return Embedding(table, self.weights.activation_dtype)
 
     def _own_tokens(self, whole: LinearWeight) -> LinearWeight:
         """This rank's rows of a table of the vocabulary."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.layers.embedding import Embedding, TokenEmbedding
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
+from quire.layers.pipe import Pipe
 from quire.layers.step_context import StepContext
 from quire.models.pooler import Pooler
 from quire.models.vision.encoder import ImageEncoder
@@ -99,24 +100,28 @@ class Decoder:
     """A decoder-only model. `embedding_factor` multiplies token embeddings, then `embedding_norm` norms them;
     `logits_factor` multiplies logits; then a logit l becomes softcap * tanh(l / softcap) where `logits_softcap` is
     above 0. `projections` lead from the width of the token embeddings to that of the layers, and back before the
-    head."""
+    head.
+
+    One stage of a model has a `pipe`: all but the first get the residual stream from it, and all but the last pass
+    theirs on to it.
+    """
 
     pooler: Pooler | None = None
 
     def __init__(
         self,
-        ends: tuple[TokenEmbedding, Linear],
+        ends: tuple[TokenEmbedding | None, Linear | None],
         layers: Sequence[DecoderLayer],
         norm: Norm,
         *,
         position_embedding: Embedding | None = None,
         embedding_norm: Norm | None = None,
-        projections: tuple[Linear, Linear] | None = None,
+        projections: tuple[Linear | None, Linear | None] = (None, None),
         embedding_factor: float = 1.0,
         logits_factor: float = 1.0,
         logits_softcap: float = 0.0,
     ) -> None:
-        """`ends` are the embedding and the output head."""
+        """`ends` are the embedding and the output head; None where another stage has them."""
         self.embedding, self.head = ends
         self.layers = list(layers)
         self.norm = norm
@@ -128,9 +133,29 @@ class Decoder:
         self.logits_softcap = logits_softcap
         self.image_encoder: ImageEncoder | None = None
         """Set by a family that reads images."""
+        self.pipe: Pipe | None = None
+        """Set for one stage of a model."""
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
-        """input_ids int32 [T] -> hidden [T, H], or [R, H] of the output tokens."""
+        """input_ids int32 [T] -> hidden [T, H], or [R, H] of the output tokens; from a stage that is not the last, the
+        residual stream [T, H]."""
+        inner, pipe = context.for_inner_layers, self.pipe
+        if pipe is None or pipe.stage.is_first:
+            residual, update = self._embed(input_ids, context)
+        else:
+            residual, update = pipe.receive(len(input_ids), input_ids.device), None
+        if pipe is not None and not pipe.stage.is_last:
+            context = inner
+        for layer in self.layers[:-1]:
+            residual, update = layer(residual, update, inner)
+        hidden = self.norm(*self.layers[-1](residual, update, context))
+        if pipe is not None and not pipe.stage.is_last:
+            pipe.send(hidden)
+        return hidden
+
+    def _embed(self, input_ids: Tensor, context: StepContext) -> tuple[Tensor, Tensor | None]:
+        """The residual stream [T, H] before the first layer, and the first update of it."""
+        assert self.embedding is not None, "the first stage has the embedding"
         residual = self.embedding(input_ids)
         if self.embedding_factor != 1.0:
             residual *= self.embedding_factor
@@ -138,17 +163,14 @@ class Decoder:
             residual[context.input_rows.tokens] = context.input_rows.rows.to(residual.dtype)
         if self.embedding_norm is not None:
             residual = self.embedding_norm(residual)
-        if self.projections is not None:
+        if self.projections[0] is not None:
             residual = self.projections[0](residual)
-        update = None if self.position_embedding is None else self.position_embedding(context.positions)
-        inner = context.for_inner_layers
-        for layer in self.layers[:-1]:
-            residual, update = layer(residual, update, inner)
-        return self.norm(*self.layers[-1](residual, update, context))
+        return residual, None if self.position_embedding is None else self.position_embedding(context.positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
-        logits = self.head(hidden if self.projections is None else self.projections[1](hidden))
+        assert self.head is not None, "the last stage has the head"
+        logits = self.head(hidden if self.projections[1] is None else self.projections[1](hidden))
         if self.logits_factor != 1.0:
             logits *= self.logits_factor
         if self.logits_softcap > 0:

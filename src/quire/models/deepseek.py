@@ -43,7 +43,7 @@ class DeepSeek(MoELlama):
 
 def _further_layers(config: ModelConfig, weights: WeightScope) -> Iterator[int]:
     """Layers behind the last one of config.json that join a hidden state with the embedding of a token."""
-    layer = config.num_layers
+    layer = config.first_layer + config.num_layers
     while weights.has(f"model.layers.{layer}.eh_proj.weight"):
         yield layer
         layer += 1

@@ -22,8 +22,13 @@ from quire.models.mapped_file import MappedFile
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LATENT_UP = "kv_b_proj.weight"
+_DELTA_NET = "linear_attn.in_proj_qkvz"
 _NORMS = ("norm", "norm_2")
 """How the names of norms end, apart from their layer's number."""
+_OTHER_NORMS = ("ssm_norm",)
+"""Norms without an offset in families that store the others as 1 + weight."""
+_DECAYS = "ssm_a"
+"""Stored as -exp of the original's A_log."""
 
 
 class GgufWeights:
@@ -33,6 +38,7 @@ class GgufWeights:
 
     def __init__(self, file: GgufFile) -> None:
         self._path = file.path
+        self._file = file
         self._family = family_of(file)
         self._row_orders = row_orders(file, self._family.row_order)
         self._tensors: Mapping[str, NamedTensor] = named_tensors(file)
@@ -57,6 +63,8 @@ class GgufWeights:
             return self._joined(name, shape)
         matrix = self._take(name, shape)
         floats = dequantize(matrix).view(shape) if isinstance(matrix, BlockMatrix) else matrix
+        if self._tensors[name].part == _DECAYS:
+            return floats.float().neg().log()
         return floats - 1 if self._has_unit_offset(name) else floats
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -66,6 +74,8 @@ class GgufWeights:
         """GGUF stores every matrix as [outputs, inputs], `transposed` or not."""
         if self._is_split(f"{name}.weight"):
             return LinearWeight(self.take(f"{name}.weight", shape))
+        if name.endswith(_DELTA_NET) and f"{name}.weight" not in self._tensors:
+            return LinearWeight(self._delta_net(name, shape))
         weight = self._take(f"{name}.weight", shape)
         return LinearWeight(weight, self.take(f"{name}.bias", shape[:1]) if bias else None)
 
@@ -104,6 +114,23 @@ class GgufWeights:
         if order is None:
             return matrix
         return matrix.select_rows(order) if isinstance(matrix, BlockMatrix) else matrix[order]
+
+    def _delta_net(self, name: str, shape: tuple[int, int]) -> Table:
+        """Queries, keys and values of all heads, and their gates in a tensor of their own -> key head by key head."""
+        prefix, scope = f"{self._file.architecture}.ssm.", name.removesuffix("qkvz")
+        key_heads, key_dim = (self._file.integer(prefix + key) for key in ("group_count", "state_size"))
+        inner = self._file.integer(f"{prefix}inner_size")
+        sizes = (key_heads * key_dim, key_heads * key_dim, inner, inner)
+        if sum(sizes) != shape[0] or inner % key_heads:
+            raise self._file.refusal(f"{prefix}inner_size", f"{key_heads} (ssm.group_count) times a number of values")
+        mixed = self._take(f"{scope}qkv.weight", (shape[0] - inner, shape[1]))
+        gates = self._take(f"{scope}z.weight", (inner, shape[1]))
+        heads = [rows.view(key_heads, -1) for rows in torch.arange(shape[0]).split(sizes)]
+        order = torch.cat(heads, dim=1).flatten()
+        if isinstance(mixed, BlockMatrix) and isinstance(gates, BlockMatrix) and mixed.type_name == gates.type_name:
+            return BlockMatrix(torch.cat((mixed.rows, gates.rows))[order], mixed.type_name)
+        floats = [dequantize(each) if isinstance(each, BlockMatrix) else each.float() for each in (mixed, gates)]
+        return torch.cat(floats)[order]
 
     def _is_split(self, name: str) -> bool:
         """Whether the file has a projection of latents to keys and values in two parts."""
@@ -150,7 +177,8 @@ class GgufWeights:
         return BlockMatrix(whole[named.index], tensor.block.name)
 
     def _has_unit_offset(self, name: str) -> bool:
-        return self._family.unit_offset and self._tensors[name].part.endswith(_NORMS)
+        part = self._tensors[name].part
+        return self._family.unit_offset and part.endswith(_NORMS) and part not in _OTHER_NORMS
 
     def _similar(self, name: str) -> str:
         """Tensors that the file has near a missing one."""

@@ -25,12 +25,16 @@ class GPT2(Decoder):
         build = Builder(config, weights, kernels, dtype)
         model = build.scope("transformer")
         ends = build.ends(build.table("transformer.wte", config.hidden_size))
-        positions = model.weights.take("wpe.weight", (config.max_position_embeddings, config.hidden_size))
+        positions = None
+        if build.is_first_stage:
+            table = model.weights.take("wpe.weight", (config.max_position_embeddings, config.hidden_size))
+            positions = Embedding(table, weights.activation_dtype)
+        first = config.first_layer
         super().__init__(
             ends,
-            [self.make_layer(model.scope(f"h.{index}"), index) for index in range(config.num_layers)],
-            model.norm("ln_f"),
-            position_embedding=Embedding(positions, weights.activation_dtype),
+            [self.make_layer(model.scope(f"h.{first + index}"), index) for index in range(config.num_layers)],
+            model.final_norm("ln_f"),
+            position_embedding=positions,
         )
 
     def make_layer(self, build: Builder, index: int) -> DecoderLayer:

@@ -61,11 +61,11 @@ class Llama(Decoder):
         super().__init__(
             build.ends(table, head),
             [
-                self.make_layer(model.scope(f"{names.layers}.{index}"), index, cos_sin)
+                self.make_layer(model.scope(f"{names.layers}.{config.first_layer + index}"), index, cos_sin)
                 for index, cos_sin in enumerate(tables)
             ],
-            model.norm(names.norm),
-            embedding_norm=model.norm(names.embedding_norm) if config.embedding_norm else None,
+            model.final_norm(names.norm),
+            embedding_norm=model.norm(names.embedding_norm) if config.embedding_norm and build.is_first_stage else None,
             embedding_factor=build.rounded(factor) if config.round_embedding_multiplier else factor,
             logits_factor=config.logits_multiplier,
             logits_softcap=config.logits_softcap,

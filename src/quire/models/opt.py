@@ -42,21 +42,22 @@ class OPT(Decoder):
         hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
         ends = build.ends(build.table("model.decoder.embed_tokens", width))
         offset = config.position_offset
-        positions = model.weights.take("embed_positions.weight", (config.max_position_embeddings + offset, hidden))
-        projections = None
-        if config.embedding_width:
-            sizes = {"project_in": (hidden, width), "project_out": (width, hidden)}
-            project_in, project_out = (
-                model.pack(model.weights.take_linear(name, shape), quantizes=False) for name, shape in sizes.items()
-            )
-            projections = project_in, project_out
+        positions = None
+        if build.is_first_stage:
+            table = model.weights.take("embed_positions.weight", (config.max_position_embeddings + offset, hidden))
+            positions = Embedding(table[offset:], weights.activation_dtype)
+        project_in = project_out = None
+        if config.embedding_width and build.is_first_stage:
+            project_in = model.pack(model.weights.take_linear("project_in", (hidden, width)), quantizes=False)
+        if config.embedding_width and build.is_last_stage:
+            project_out = model.pack(model.weights.take_linear("project_out", (width, hidden)), quantizes=False)
         layers, norm = _layers(model) if config.norm_before else _post_norm_layers(model)
         super().__init__(
             ends,
             layers,
             norm,
-            position_embedding=Embedding(positions[offset:], weights.activation_dtype),
-            projections=projections,
+            position_embedding=positions,
+            projections=(project_in, project_out),
         )
 
 
@@ -69,10 +70,10 @@ def _layers(model: Builder) -> tuple[list[DecoderLayer], Norm]:
     """The layers and the final norm."""
     layers = []
     for index in range(model.config.num_layers):
-        build = model.scope(f"layers.{index}")
+        build = model.scope(f"layers.{model.config.first_layer + index}")
         attention, mlp = _halves(build, index)
         layers.append(DecoderLayer(build.norm("self_attn_layer_norm"), attention, build.norm("final_layer_norm"), mlp))
-    norm: Norm = model.norm("final_layer_norm") if model.config.final_norm else NoNorm()
+    norm: Norm = model.final_norm("final_layer_norm") if model.config.final_norm else NoNorm()
     return layers, norm
 
 

@@ -8,21 +8,23 @@ All other tensors are stored as floats under their own names.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.kernels import cpu
-from quire.kernels.interface import Packing
+from quire.kernels.allocation import zeros
+from quire.kernels.interface import Allocate, Packing, QuantizedWeight
 from quire.layers.linear import LinearWeight
 from quire.model_config.packed_folder import PACKED_FILE, PackedFolder
-from quire.models.row_marks import RowMarks, key_of
+from quire.models.row_marks import RowMarks, is_stand_in, key_of
 from quire.models.safetensors_file import DTYPES, Entry, read_header
 from quire.models.safetensors_weights import SafetensorsWeights
 from quire.models.stand_in_packing import StandInPacking
 from quire.models.weights import take_float_linear
-from quire.quantization import WeightFormat
+from quire.quantization import METHODS, WeightFormat
 
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 
@@ -106,21 +108,36 @@ class PackedCheckpoint(StandInPacking):
         self, experts: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int
     ) -> Sequence[Tensor]:
         """Views of the mapped files."""
-        origins = [self._marks.origins_of(part) for expert in experts for part in expert]
-        key = key_of(form_name(stored, num_experts), origins)
+        layer, key = self._stored_as(experts, stored, num_experts) or self._refuse(experts)
         num_outputs, num_inputs = sum(len(part) for part in experts[0]), experts[0][0].shape[1]
-        shapes = packed_shapes(stored, num_outputs, num_inputs)
-        layer = origins[0][0].layer
-        if not self._files.has(part_name(layer, key, 0)):
-            raise CheckpointError(
-                f"{self._folder}: there is no packed weight of {layer} and what is now packed with it; the folder "
-                f"fits another version of Quire or another config.json: run quire convert again on the original"
-            )
         stack = (num_experts,) if num_experts else ()
         return [
             self._files.take_as(part_name(layer, key, index), (*stack, *shape), (_NAMES[dtype],))
-            for index, (dtype, shape) in enumerate(shapes)
+            for index, (dtype, shape) in enumerate(packed_shapes(stored, num_outputs, num_inputs))
         ]
+
+    def quantize_linear(
+        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros
+    ) -> QuantizedWeight:
+        """`stored`, or the format of layers that need more bits (`MoreBits`), whichever the folder holds."""
+        wide = METHODS[self._quantization].head
+        is_wide = is_stand_in(weights[0]) and not self._stored_as([weights], stored, 0)
+        return super().quantize_linear(weights, wide if is_wide else stored, allocate)
+
+    def _stored_as(
+        self, experts: Sequence[Sequence[Tensor]], stored: str | WeightFormat, num_experts: int
+    ) -> tuple[str, str] | None:
+        """The first layer and the key of a weight that the folder holds in this form."""
+        origins = [self._marks.origins_of(part) for expert in experts for part in expert]
+        key, layer = key_of(form_name(stored, num_experts), origins), origins[0][0].layer
+        return (layer, key) if self._files.has(part_name(layer, key, 0)) else None
+
+    def _refuse(self, experts: Sequence[Sequence[Tensor]]) -> NoReturn:
+        layer = self._marks.origins_of(experts[0][0])[0].layer
+        raise CheckpointError(
+            f"{self._folder}: there is no packed weight of {layer} and what is now packed with it; the folder "
+            f"fits another version of Quire or another config.json: run quire convert again on the original"
+        )
 
 
 def form_name(stored: str | WeightFormat, num_experts: int = 0) -> str:

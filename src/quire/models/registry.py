@@ -11,8 +11,10 @@ from torch import Tensor
 from quire.kernels import Kernels
 from quire.kernels.interface import Packing
 from quire.layers.adapters import ModelAdapters
+from quire.layers.pipe import Pipe
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.decoder import Decoder
 from quire.models.packed_checkpoint import PackedCheckpoint
 from quire.models.pooler import Pooler, make_pooler
 from quire.models.shards import Shards
@@ -57,13 +59,15 @@ def load_model(
     packing: Packing | None = None,
     adapters: ModelAdapters | None = None,
     shards: Shards | None = None,
+    pipe: Pipe | None = None,
     max_model_len: int | None = None,
 ) -> Model:
     """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation.
 
     Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
     by default `kernels` do. `adapters` collects the layers that adapters may change. With `shards`, `config` is that of
-    one rank's part. Raises `CheckpointError` for weights that are missing, misshapen or left over.
+    one rank's part; with `pipe` it has a stage, whose layers alone are built. Raises `CheckpointError` for weights that
+    are missing, misshapen or left over.
     """
     row = ARCHITECTURES.get(config.architecture)
     if config.computed_by or row is None:
@@ -75,6 +79,12 @@ def load_model(
         packing = source.packing_for(dtype)
     weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters, shards=shards)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
-    model.pooler = make_pooler(config, weights, model.logits)
-    source.finish(ignored=model.ignored_tensors)
+    ignored = model.ignored_tensors
+    if pipe is not None:
+        assert isinstance(model, Decoder), "only decoders are cut into stages"
+        model.pipe = pipe
+        ignored = (*ignored, *pipe.stage.others_tensors())
+    if pipe is None or pipe.stage.is_last:
+        model.pooler = make_pooler(config, weights, model.logits)
+    source.finish(ignored=ignored)
     return model

@@ -10,7 +10,7 @@ from torch import Tensor
 from quire.layers.linear import LinearWeight
 from quire.models.source_around import SourceAround
 
-MATRICES = ("weight", "qweight", "weight_packed")
+MATRICES = ("weight", "qweight", "weight_packed", "_weight_qdata")
 """What formats of checkpoints call the matrix of a dense layer."""
 
 

@@ -1,12 +1,11 @@
 """TransformersModel: a decoder that Quire has no class for, computed by the transformers library on the paged cache.
 
-transformers asks an attention function by name; ours writes keys and values to the cache and attends to the cache, as
-`quire.layers.attention` does. A step's tokens of all sequences are one row with their positions. The only file that
-imports transformers, and only when such a model is loaded.
+Its attention is `quire.models.transformers_attention`. The only file that imports transformers, and only when such a
+model is loaded. Before it runs it is looked at: its layers must ask for the attention that config.json was read as, and
+tokens must meet nowhere else.
 """
 
 import logging
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -16,38 +15,18 @@ from torch import Tensor, nn
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError, ConfigError
 from quire.kernels import Kernels
-from quire.layers.attention import Attention
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models import transformers_attention
 from quire.models.pooler import Pooler
+from quire.models.transformers_attention import Step, Visit, computing
 from quire.models.vision.encoder import ImageEncoder
 from quire.models.weights import WeightScope
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = "quire_paged"
-"""The name of our attention function in transformers' table."""
 _UNSUPPORTED_ROPES = ("dynamic", "longrope")
 """Rotary embeddings that transformers recomputes by the longest sequence of a step, which must not change others."""
-_IGNORED = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What attention needs of one step."""
-
-    context: StepContext
-    kernels: Kernels
-    dtype: torch.dtype
-    """What the kernels compute in."""
-
-
-class _Visit:
-    """A forward pass that only records what each layer's attention gets."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[int, int, int]] = {}
-        """Layer → KV heads, elements of a key and of a value."""
 
 
 class TransformersModel:
@@ -68,11 +47,11 @@ class TransformersModel:
         self._kernels, self._dtype = kernels, weights.activation_dtype
         device = getattr(weights.source, "device", torch.device("cpu"))
         self._model = _load(config, getattr(torch, dtype)).to(device)
-        self._check(config, device)
-        name = self._model.base_model_prefix
+        name = _decoder_name(self._model)
         self._decoder = getattr(self._model, name)
         # What is left computes logits from hidden states, with the family's own factors and caps.
         setattr(self._model, name, _Given())
+        self._check(config, device)
         logger.warning(
             "%s has no class in Quire: transformers computes it on the paged cache. Its layers are neither packed nor "
             "quantised and run operation by operation, so it is slower than a family of Quire's own",
@@ -80,8 +59,8 @@ class TransformersModel:
         )
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
-        step = _Step(context, self._kernels, self._dtype)
-        return context.select_output(self._hidden(input_ids, context.positions, step))
+        with computing(Step(context, self._kernels, self._dtype)):
+            return context.select_output(self._hidden(input_ids, context.positions))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
@@ -93,41 +72,73 @@ class TransformersModel:
         """A model of transformers has no scales of keys and values."""
         raise ConfigError("kv_cache_dtype is fp8_e4m3, which models that transformers computes do not support")
 
-    def _hidden(self, input_ids: Tensor, positions: Tensor, step: object) -> Tensor:
+    def _hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[T] -> [T, H]."""
-        output = self._decoder(
-            input_ids=input_ids[None].long(),
-            position_ids=positions[None].long(),
-            use_cache=False,
-            quire_step=step,
-        )
+        output = self._decoder(input_ids=input_ids[None].long(), position_ids=positions[None].long(), use_cache=False)
         hidden: Tensor = output.last_hidden_state[0].to(self._dtype)
         return hidden
 
     def _check(self, config: ModelConfig, device: torch.device) -> None:
-        """Raise `CheckpointError` if the model's attention is not what config.json was read as."""
-        self._decoder = getattr(self._model, self._model.base_model_prefix)
-        visit, zero = _Visit(), torch.zeros(1, dtype=torch.int32, device=device)
+        """Raise `CheckpointError` if the model does not ask for the attention that config.json was read as, or cannot
+        run on the paged cache."""
         try:
-            self._hidden(zero, zero, visit)
-        except TypeError as error:
-            raise CheckpointError(f"{config.architecture} is not supported: {error}") from error
-        wanted = dict.fromkeys(range(config.num_layers), (config.num_kv_heads, config.head_dim, config.head_dim))
-        if visit.layers != wanted:
-            found = sorted(set(visit.layers.values()))
+            layers, meets = self._look(device)
+        except Exception as error:  # the library raises many classes of its own
+            reason = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{config.architecture} is not supported: {reason}") from error
+        if away := config.num_layers - len(layers):
             raise CheckpointError(
-                f"{config.architecture} is not supported: {len(visit.layers)} layers ask for attention with (KV heads, "
-                f"key, value elements) {found}; the cache has {config.num_layers} layers of "
-                f"{config.num_kv_heads, config.head_dim, config.head_dim}"
+                f"{config.architecture} is not supported: {away} of its {config.num_layers} layers have no attention"
             )
+        wanted = (config.num_kv_heads, config.head_dim, config.head_dim)
+        if set(layers.values()) != {wanted}:
+            raise CheckpointError(
+                f"{config.architecture} is not supported: its layers ask for attention with (KV heads, key, value "
+                f"elements) {sorted(set(layers.values()))}; the cache has {wanted}"
+            )
+        if meets:
+            raise CheckpointError(
+                f"{config.architecture} is not supported: its tokens depend on others outside of attention, which the "
+                "paged cache does not hold"
+            )
+
+    def _look(self, device: torch.device) -> tuple[dict[int, tuple[int, int, int]], bool]:
+        """What each layer asks of attention, and whether tokens depend on others where each sees itself alone."""
+        positions = torch.arange(3, dtype=torch.int32, device=device)
+        hidden = []
+        for first in (0, 1):
+            visit = Visit()
+            ids = torch.tensor([first, 1, 1], dtype=torch.int32, device=device)
+            with computing(visit), torch.inference_mode():
+                hidden.append(self._hidden(ids, positions).float())
+                self.logits(hidden[-1].to(self._dtype))
+        return visit.layers, not torch.allclose(hidden[0][1:], hidden[1][1:], rtol=1e-3, atol=1e-4)
+
+
+def _decoder_name(model: Any) -> str:
+    """The attribute of a model that computes hidden states."""
+    prefix: str = model.base_model_prefix
+    return prefix if hasattr(model, prefix) else "model"
+
+
+class _Hidden:
+    """The output of a decoder that only has hidden states."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        """Nothing, for outputs that some heads pass on: router logits, attentions …"""
 
 
 class _Given(nn.Module):
     """Replaces the decoder by the hidden states that it is given, so that the head alone is computed."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
-        outputs = import_module("transformers.modeling_outputs")
-        return outputs.BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Hidden:
+        return _Hidden(inputs_embeds)
 
 
 def _load(config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -135,8 +146,9 @@ def _load(config: ModelConfig, dtype: torch.dtype) -> Any:
     transformers = import_module("transformers")
     modeling = import_module("transformers.modeling_utils")
     masks = import_module("transformers.masking_utils")
-    modeling.AttentionInterface.register(ATTENTION, paged_attention)
-    masks.AttentionMaskInterface.register(ATTENTION, _no_mask)
+    name = transformers_attention.NAME
+    modeling.AttentionInterface.register(name, transformers_attention.paged_attention)
+    masks.AttentionMaskInterface.register(name, transformers_attention.paged_mask)
     try:
         settings = transformers.AutoConfig.from_pretrained(config.computed_by, local_files_only=True)
         family = transformers.AutoModelForCausalLM._model_mapping[type(settings)]
@@ -150,7 +162,7 @@ def _load(config: ModelConfig, dtype: torch.dtype) -> Any:
         raise CheckpointError(f"{config.architecture} is not supported: {reason}")
     try:
         model = family.from_pretrained(
-            config.computed_by, config=settings, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
+            config.computed_by, config=settings, dtype=dtype, attn_implementation=name, local_files_only=True
         )
     except Exception as error:  # the library raises many classes of its own
         raise CheckpointError(f"transformers cannot load {config.computed_by}: {error}") from error
@@ -171,51 +183,3 @@ def _why_not(family: Any, settings: Any) -> str:
     if unsupported:
         return f"its rotary embedding ({unsupported[0]}) depends on other sequences"
     return ""
-
-
-def _no_mask(*arguments: Any, **options: Any) -> None:
-    """Our attention knows from its plan which keys a token sees."""
-
-
-def paged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function. query [1, num_heads, T, D], key and value [1, num_kv_heads, T, D] ->
-    [1, T, num_heads, D]. Raises `TypeError` for options that the kernels do not have."""
-    step = options.pop("quire_step", None)
-    window, softcap, sinks = (options.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
-    unknown = sorted(name for name, option in options.items() if option is not None and name not in _IGNORED)
-    if unknown and options.get("is_causal") is not True:
-        raise TypeError(f"its attention takes {', '.join(unknown)}, which the paged kernels do not have")
-    if getattr(module, "is_causal", True) is False or attention_mask is not None:
-        raise TypeError("its attention is not causal")
-    layer = getattr(module, "layer_idx", None)
-    if step is None or not isinstance(layer, int):
-        raise TypeError("its layers do not pass on what attention needs to find the cache")
-    if isinstance(step, _Visit):
-        if layer in step.layers:
-            raise TypeError(f"layer {layer} asks for attention twice")
-        step.layers[layer] = (key.shape[1], key.shape[3], value.shape[3])
-        return query.transpose(1, 2), None
-    assert isinstance(step, _Step)
-    q, k, v = (x[0].transpose(0, 1).to(step.dtype).contiguous() for x in (query, key, value))
-    context = step.context.for_inner_layers
-    plan = context.attention[context.kv_layers[layer].group]
-    if plan.window and not 0 < (window or 0) <= plan.window:
-        seen = f"a window of {window}" if window else "all positions"
-        raise TypeError(f"layer {layer} attends to {seen}, but config.json gives it a window of {plan.window}")
-    attend = Attention(
-        step.kernels,
-        layer,
-        scale=scaling or q.shape[-1] ** -0.5,
-        window=window or 0,
-        softcap=softcap or 0.0,
-        sinks=None if sinks is None else sinks.float(),
-    )
-    return attend(q, k, v, context)[None].to(query.dtype), None

@@ -34,7 +34,14 @@ class Method:
     layers: WeightFormat
     """Format of the dense layers of attention, MLPs and experts."""
     head: WeightFormat
-    """Format of the layer that makes logits."""
+    """Format of the layer that makes logits, and of layers that need more bits than `layers` has."""
+    extra_bits: float = 0.0
+    """Bits for each weight of the layers, on average, that may be spent on those which `layers` changes most. A model
+    with experts has no such layers."""
+
+    def extra_bytes(self, num_parameters: int) -> int:
+        """Memory by which layers of so many weights may grow."""
+        return int(num_parameters * self.extra_bits / 8)
 
 
 _INT8 = WeightFormat(8, ROTATED, rotates=True)
@@ -42,7 +49,7 @@ _INT8 = WeightFormat(8, ROTATED, rotates=True)
 METHODS: dict[str, Method] = {
     "int8": Method(layers=_INT8, head=_INT8),
     # An error in the head goes straight into the logits; 8 bits there cost little.
-    "int4": Method(layers=WeightFormat(4, 32), head=_INT8),
+    "int4": Method(layers=WeightFormat(4, 32), head=_INT8, extra_bits=0.3),
     # Half as many groups: a quarter less time for many rows, and a larger error.
     "int4-fast": Method(layers=WeightFormat(4, 64), head=_INT8),
 }

@@ -47,6 +47,10 @@ class RouterState(Struct):
     resumed_streams: int
     mixed_streams: int
     cut_streams: int
+    prefill: list[ReplicaState]
+    """The servers that compute prompts for the others."""
+    prefilled: int
+    """Prompts that they computed."""
 
 
 class RouterApp:
@@ -100,7 +104,8 @@ class RouterApp:
     def state(self) -> RouterState:
         """The router's view of the servers, and its counts."""
         counts = self.proxy.counts
-        replicas = [self._replica_state(url) for url in self._backends.by_url]
+        prefill = self.proxy.prefill
+        replicas = _replica_states(self._backends, self._fleet)
         return RouterState(
             replicas,
             len(self.proxy.waiting),
@@ -109,10 +114,15 @@ class RouterApp:
             counts.resumed_streams,
             counts.mixed_streams,
             counts.cut_streams,
+            [] if prefill is None else _replica_states(prefill.backends, prefill.fleet),
+            0 if prefill is None else prefill.num_prompts,
         )
 
-    def _replica_state(self, url: str) -> ReplicaState:
-        backend, replica = self._backends.by_url[url], self._fleet.replicas.get(url)
+
+def _replica_states(backends: Backends, fleet: Fleet) -> list[ReplicaState]:
+    states = []
+    for url, backend in backends.by_url.items():
+        replica = fleet.replicas.get(url)
         state = ReplicaState(
             url, backend.is_up, backend.reason, list(backend.models), backend.block_size, backend.version
         )
@@ -120,8 +130,9 @@ class RouterApp:
             load = replica.load
             state.num_requests, state.queued_tokens = load.num_requests, load.queued_tokens
             state.context_tokens, state.total_tokens = load.context_tokens, load.total_tokens
-            state.known_blocks = self._fleet.index.num_blocks(replica.number)
-        return state
+            state.known_blocks = fleet.index.num_blocks(replica.number)
+        states.append(state)
+    return states
 
 
 async def _reply(send: Send, body: object, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:

@@ -18,6 +18,8 @@ class ClientAnswer:
         self._send = send
         self.has_begun = False
         """The client has the status and the headers: nothing can take them back."""
+        self.is_unmarked = False
+        """The client has bytes without marks: no other server can go on with them."""
 
     async def begin(self, status: int, headers: Headers, replica: str) -> None:
         self.has_begun = True

@@ -22,7 +22,7 @@ from quire.kv_events.messages import (
     low_bits,
 )
 from quire.kv_events.publisher import import_zmq
-from quire.router.backends import Backend
+from quire.router.backend import Backend
 from quire.router.renamed_blocks import RenamedBlocks
 from quire.routing.fleet import Fleet
 from quire.routing.prefix_index import DEVICE, DISK, HOST

@@ -10,7 +10,8 @@ import asyncio
 import httpx
 import msgspec
 
-from quire.router.backends import Backend, BackendGoneError, Backends
+from quire.router.backend import Backend, BackendGoneError
+from quire.router.backends import Backends
 from quire.router.guess import guess_prompt, session_of
 from quire.router.requests import COMPUTING, GENERATING, RoutedRequest
 from quire.router.token_prompts import prompt_of, question, read_tokens

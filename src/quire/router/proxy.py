@@ -14,10 +14,12 @@ import httpx
 from starlette.types import Receive, Scope, Send
 
 from quire.errors import EngineUnavailableError, QuarantinedError, QueueFullError, RequestError
-from quire.router.backends import Backend, BackendGoneError, Backends
+from quire.router.backend import Backend, BackendGoneError, EngineAwayError
+from quire.router.backends import Backends
 from quire.router.client_answer import ClientAnswer, Headers, failure_event
 from quire.router.homes import RESPONSES, Homes
 from quire.router.marked_stream import BrokenStreamError
+from quire.router.prefill import Prefill
 from quire.router.prompts import PromptReader
 from quire.router.quarantine import REFUSED_SECONDS, DeadlyRequests
 from quire.router.requests import HOP_BY_HOP, RoutedRequest, read_request
@@ -83,7 +85,7 @@ class Proxy:
     """Owned by the application."""
 
     def __init__(self, settings: RouterSettings, fleet: Fleet, backends: Backends) -> None:
-        self.waiting = WaitingRoom(fleet, backends, settings.max_queue_size)
+        self.waiting = WaitingRoom(fleet, backends, max_size=settings.max_queue_size, seconds=settings.server_timeout)
         self.counts = Counts()
         self._settings = settings
         self._fleet = fleet
@@ -91,6 +93,7 @@ class Proxy:
         self._prompts = PromptReader(fleet, backends)
         self._deadly = DeadlyRequests(time.monotonic)
         self._homes = Homes()
+        self.prefill = Prefill(settings) if settings.prefill else None
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises `RequestError` as long as the client has nothing of an answer."""
@@ -113,7 +116,8 @@ class Proxy:
         self._deadly.check(request.content)
         tried: set[str] = set()
         last = _MoveOnError("there is none")
-        for attempt in range(_MOST_TRIES):
+        attempt = 0
+        while attempt < _MOST_TRIES:
             if tried and tried.issuperset(self._fleet.replicas):
                 if last.reply is not None and last.reply.status == _BUSY:
                     break  # all are busy: the client waits, not the router
@@ -123,13 +127,20 @@ class Proxy:
             home = self._homes.of(request, [url for url in self._backends.by_url if url in self._fleet.replicas])
             others = self._fleet.replicas.keys() - {home} if home in self._fleet.replicas else set()
             others = (set() if home in tried else others) | self._other_versions(request, tried)
-            work = await self.waiting.enter(prompt, tried | others)
+            work = await self.waiting.enter(prompt, tried | others, patient=answer.has_begun)
             backend = self._backends.by_url[work.replica.name]
+            before = request.answer.num_tokens
             try:
+                if self.prefill is not None and not request.prefilled and self.prefill.is_worth(request, work):
+                    request.prefilled = await self.prefill.compute(request, prompt, backend.models)
                 await self._try(request, backend, work, answer)
                 return
             except _MoveOnError as error:
                 last = error
+                attempt += 1
+                if request.answer.num_tokens > before:  # it came on there: what went wrong earlier does not count
+                    attempt, request.num_deaths = 1, 0
+                    tried.clear()
                 tried.add(backend.url)
                 self._count_move(request, backend, error)
             finally:
@@ -166,8 +177,8 @@ class Proxy:
             raise _MoveOnError(str(error), died=True) from error
         try:
             await self._pass_on(request, backend, response, work, answer)
-        except (BackendGoneError, BrokenStreamError) as error:
-            if not request.only_computes or (answer.has_begun and not resumable):
+        except (BackendGoneError, EngineAwayError, BrokenStreamError) as error:
+            if not request.only_computes or answer.is_unmarked or (answer.has_begun and not resumable):
                 raise EngineUnavailableError(f"the server ended before its answer was complete: {error}") from error
             request.answer.cut()
             raise _MoveOnError(str(error), died=isinstance(error, BackendGoneError)) from error
@@ -180,7 +191,8 @@ class Proxy:
         """Pass a response on, as it comes or as a whole. Raises `_MoveOnError` for one that says: not here."""
         status, headers = response.status_code, _kept_headers(response)
         is_refusal = status == _BUSY or status in _AWAY or (answer.has_begun and status != 200)
-        if (is_refusal or not request.streams) and request.only_computes:
+        is_whole = not request.streams or response.headers.get("content-type", "").startswith("application/json")
+        if (is_refusal or is_whole) and request.only_computes:
             reply = _Reply(status, headers, b"".join([part async for part in backend.parts(response)]), backend.url)
             if is_refusal:
                 raise _MoveOnError(f"it says {status}", reply=reply)
@@ -197,6 +209,7 @@ class Proxy:
                     await answer.begin(status, headers, backend.url)
                 self._fleet.add_tokens(work, part.count(b"\ndata:") + 1)
                 self._note_quarantine(request, part)
+                answer.is_unmarked = True
                 await answer.write(part)
             if not answer.has_begun:
                 await answer.begin(status, headers, backend.url)
@@ -210,7 +223,9 @@ class Proxy:
             self.counts.resumed_streams += 1
             self.counts.mixed_streams += backend.version != request.version
         request.version = backend.version
-        async for part in backend.parts(response):
+        # An engine may have died of a request that has no tokens of it: that one stays, and the server finds out.
+        first = marked.num_tokens
+        async for part in backend.parts(response, lambda: marked.num_tokens > first):
             before = marked.num_tokens
             for events in marked.feed(part):
                 await answer.write(events)

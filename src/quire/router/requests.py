@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope
 from quire.router.marked_stream import MarkedStream
 from quire.server.app import ENDPOINTS
 from quire.server.errors import Refusal
-from quire.server.handover import PROMPT_HEADER, STREAM_HEADER, Handover, encode_progress
+from quire.server.handover import PREFILLED_HEADER, PROMPT_HEADER, STREAM_HEADER, Handover, encode_progress
 from quire.server.limits import ClientGoneError
 
 Headers = list[tuple[bytes, bytes]]
@@ -24,7 +24,7 @@ COMPUTING = frozenset(each.path for each in ENDPOINTS if each.method == "POST" a
 GENERATING = frozenset(each.path for each in ENDPOINTS if each.method == "POST" and each.streams)
 """Paths whose answers are generated, whole or as a stream."""
 _STREAMS_BY_DEFAULT = ("/api/",)
-_OWN = (STREAM_HEADER, PROMPT_HEADER)
+_OWN = (STREAM_HEADER, PROMPT_HEADER, PREFILLED_HEADER)
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
@@ -50,6 +50,8 @@ class RoutedRequest:
     """Servers that died while they computed it."""
     content: bytes = b""
     """A digest of what is computed, by which a deadly request is known again: the server's, or else the body's."""
+    prefilled: bool = False
+    """Another server has computed its prompt."""
     version: str = ""
     """Version of the server that began the stream."""
 
@@ -72,11 +74,12 @@ class RoutedRequest:
 
     def to_send(self, *, handover: bool) -> tuple[Headers, bytes]:
         """Headers and body for a server; with `handover` also the progress, for one that goes on where another died."""
+        headers = [*self.headers, (PREFILLED_HEADER, b"1")] if self.prefilled else self.headers
         if not handover:
-            return self.headers, self.body
+            return headers, self.body
         progress = encode_progress(self.answer.progress) if self.answer.progress else b""
         header = Handover(self.stream_id, self.created, len(progress)).header()
-        return [*self.headers, (STREAM_HEADER, header)], progress + self.body
+        return [*headers, (STREAM_HEADER, header)], progress + self.body
 
 
 async def read_request(scope: Scope, receive: Receive, max_body_size: int) -> RoutedRequest:

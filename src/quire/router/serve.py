@@ -7,6 +7,7 @@ from collections.abc import Callable
 from quire.errors import ConfigError
 from quire.router.app import RouterApp
 from quire.router.backends import Backends
+from quire.router.backends_file import BackendsFile
 from quire.router.event_feed import EventFeed
 from quire.router.settings import RouterSettings
 from quire.routing.fleet import Fleet
@@ -23,6 +24,9 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
         POLICIES[settings.policy](), max_blocks=settings.max_blocks, max_requests=settings.max_backend_requests
     )
     backends = Backends(settings, fleet)
+    listed = None if settings.backends_file is None else BackendsFile(settings.backends_file)
+    if listed is not None:
+        backends.keep(listed.read())
     app = RouterApp(settings, fleet, backends)
     feeds = [
         EventFeed(fleet, url, address, backends.by_url[url])
@@ -35,7 +39,10 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
         _check_public(settings, backends)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.serve(sockets=[listener]))
-            watching = [tasks.create_task(work) for work in (backends.watch(), *(feed.run() for feed in feeds))]
+            following = () if listed is None else (listed.follow(backends, settings.health_interval),)
+            prefilling = () if app.proxy.prefill is None else (app.proxy.prefill.watch(),)
+            watched = (backends.watch(), *following, *prefilling, *(feed.run() for feed in feeds))
+            watching = [tasks.create_task(work) for work in watched]
             await server.listening.wait()
             report(f"listening on {url_of(listener)}")
             report(f"ready: {len(fleet.replicas)} of {len(backends.by_url)} servers, policy {settings.policy}")
@@ -49,6 +56,8 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
                 server.stop()
     finally:
         await backends.client.aclose()
+        if app.proxy.prefill is not None:
+            await app.proxy.prefill.backends.client.aclose()
 
 
 def http_settings(settings: RouterSettings) -> ServerSettings:

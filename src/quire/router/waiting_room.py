@@ -10,24 +10,26 @@ from quire.routing.fleet import Fleet
 from quire.routing.policies import Prompt
 from quire.routing.replica import Work
 
-_UNAVAILABLE_SECONDS = 5.0
-"""Time that a request waits for a first server to come up."""
+_PATIENT_TIMES = 4
+"""So many times as long waits a stream that has begun: its client cannot ask again."""
 
 
 class WaitingRoom:
     """Hands out places on servers. `leave` must follow every `enter` that returns."""
 
-    def __init__(self, fleet: Fleet, backends: Backends, max_size: int) -> None:
+    def __init__(self, fleet: Fleet, backends: Backends, *, max_size: int, seconds: float) -> None:
+        """`seconds`: how long a request waits for a server if none takes requests."""
         self._fleet = fleet
         self._backends = backends
         self._max_size = max_size
+        self._seconds = seconds
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def enter(self, prompt: Prompt, without: Collection[str] = ()) -> Work:
-        """A place on a server that is not in `without`, as soon as there is one.
+    async def enter(self, prompt: Prompt, without: Collection[str] = (), *, patient: bool = False) -> Work:
+        """A place on a server that is not in `without`, as soon as there is one; `patient` for a stream that has begun.
 
         Raises `QueueFullError` if too many wait, and `EngineUnavailableError` if no server comes up.
         """
@@ -35,7 +37,7 @@ class WaitingRoom:
             if not self._waiting and (work := self._fleet.choose(prompt, without)) is not None:
                 return work
             if not any(name not in without for name in self._fleet.replicas):
-                await self._await_server(without)
+                await self._await_server(without, self._seconds * (_PATIENT_TIMES if patient else 1))
                 continue
             if len(self._waiting) >= self._max_size:
                 raise QueueFullError(
@@ -67,10 +69,10 @@ class WaitingRoom:
             else:
                 self.wake()
 
-    async def _await_server(self, without: Collection[str]) -> None:
+    async def _await_server(self, without: Collection[str], seconds: float) -> None:
         self._backends.changed.clear()
         try:
-            await asyncio.wait_for(self._backends.changed.wait(), _UNAVAILABLE_SECONDS)
+            await asyncio.wait_for(self._backends.changed.wait(), seconds)
         except TimeoutError:
             if any(name not in without for name in self._fleet.replicas):
                 return

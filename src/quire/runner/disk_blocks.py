@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+from quire.runner.block_server import BlockServer
 from quire.runner.disk_folder import (
     FINGERPRINT_BYTES,
     HASH_BYTES,
@@ -32,6 +33,7 @@ from quire.runner.disk_folder import (
     open_folder,
     space_of,
 )
+from quire.runner.peer_blocks import BlockSource, PeerBlocks
 from quire.step import OffloadResult
 
 FORMAT = "quire-kv-1"
@@ -77,6 +79,9 @@ class DiskBlocks:
         self._lease = lease
         self._write = write
         self._failed = False
+        self._server: BlockServer | None = None
+        self._source: BlockSource | None = None
+        """Where blocks come from that have no file here."""
         self._unused: dict[int, list[bytearray]] = {}
         """Bytes of content → free buffers of header and content. Buffers are kept: there are as many as were ever in
         use at once."""
@@ -110,6 +115,15 @@ class DiskBlocks:
         for thread in store._threads:
             thread.start()
         return store
+
+    def give(self, address: tuple[str, int], key: bytes) -> int:
+        """Give blocks to engines that have the key. Returns the port. Raises `ConfigError` if it cannot be used."""
+        self._server = BlockServer(address, key, self._fingerprint, self._path, _HEADER)
+        return self._server.port
+
+    def fetch_from(self, peers: Sequence[str], key: bytes) -> None:
+        """Read blocks that have no file from these engines."""
+        self._source = PeerBlocks(peers, key, self._fingerprint, self._sizes, _HEADER, self._is_right)
 
     # -- the step's side ----------------------------------------------------------------------------------------------
 
@@ -160,6 +174,8 @@ class DiskBlocks:
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Write the queued blocks, for at most `seconds`, and leave the folder."""
         self._closing.set()
+        if self._server is not None:
+            self._server.close()
         self._to_write.put(None)
         self._to_read.put(None)
         deadline = time.monotonic() + seconds
@@ -237,6 +253,8 @@ class DiskBlocks:
                 else:
                     self._result.failed_reads.append((block_hash, reason))
                 self._news.notify_all()
+        if self._source is not None:
+            self._source.close()
 
     def _read_file(self, block_hash: bytes) -> tuple[bytearray | None, str]:
         """A buffer with header and content. If that fails, None and the reason; a damaged file is removed."""
@@ -252,21 +270,29 @@ class DiskBlocks:
                 whole = num_bytes == len(buffer) and not file.read(1)
             os.utime(path)  # keeps the order of use for the next process
         except FileNotFoundError:
-            return None, "missing"
+            return self._fetch(block_hash)
         except OSError as error:
             logger.warning("disk tier: cannot read %s: %s; its tokens are computed", path, error.strerror or error)
             return None, "corrupt"
-        if whole:
-            *header, digest = _HEADER.unpack_from(buffer)
-            content = memoryview(buffer)[HEADER_BYTES:]
-            expected = [_MAGIC, self._fingerprint, block_hash, len(content)]
-            if header == expected and digest == self._digest(block_hash, content):
-                return buffer, ""
+        if whole and self._is_right(block_hash, buffer):
+            return buffer, ""
         state = "does not match its checksum" if whole else f"has not the {len(buffer)} bytes it should"
         logger.warning("disk tier: %s %s; removed, its tokens are computed", path, state)
         path.unlink(missing_ok=True)
         self.release_buffer(buffer)
         return None, "corrupt"
+
+    def _fetch(self, block_hash: bytes) -> tuple[bytearray | None, str]:
+        """The block from another engine. It stays in no file here until it leaves the pool."""
+        buffer = None if self._source is None else self._source.fetch(block_hash, self.new_buffer)
+        return (None, "missing") if buffer is None else (buffer, "")
+
+    def _is_right(self, block_hash: bytes, buffer: bytearray) -> bool:
+        """Whether a buffer holds this block of this model, and every bit of it."""
+        *header, digest = _HEADER.unpack_from(buffer)
+        content = memoryview(buffer)[HEADER_BYTES:]
+        expected = [_MAGIC, self._fingerprint, block_hash, len(content)]
+        return header == expected and bool(digest == self._digest(block_hash, content))
 
     def _digest(self, block_hash: bytes, content: memoryview) -> bytes:
         header = _MAGIC + self._fingerprint + block_hash + len(content).to_bytes(8, "little")

@@ -74,6 +74,7 @@ class ModelRunner:
         self._kernels = kernels
         self._device = device
         self._block_store = block_store
+        self._reads_hidden = settings.reads_hidden
         self._count_threads = settings.count_threads or (lambda: settings.num_threads)
         self._rows = RequestRows(
             max_num_seqs=settings.max_num_seqs,
@@ -217,6 +218,8 @@ class ModelRunner:
         else:
             sent = self._inputs.send(step, columns)
             hidden = self._run_model(step, sent, attention)
+            if not self._reads_hidden:
+                return finishes
             if plan.prompt_logprobs:
                 finishes += self._prompt_logprobs.compute(step, sent, hidden, result)
             if plan.pool_rows:

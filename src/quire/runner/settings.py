@@ -25,6 +25,8 @@ class RunnerSettings:
     """Add tokens that a grammar forces without running the model."""
     samples: bool = True
     """False on a rank that leaves sampling to rank 0."""
+    reads_hidden: bool = True
+    """False on a rank whose hidden states another one reads."""
     batch_invariant: bool = False
     """No bit of a sequence's logits depends on the other sequences of its step."""
     sample_on_device: bool = False

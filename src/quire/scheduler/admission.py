@@ -19,6 +19,7 @@ from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import Sequence, SequenceGroup
 from quire.scheduler.service import PROMPT_TOKEN
 from quire.scheduler.stored_prefix import DEVICE
+from quire.scheduler.tenant_pace import PromptBudget
 from quire.step import NewRow, StepPlan
 
 MAX_POSTPONED = 64
@@ -55,31 +56,24 @@ class Admission:
         self._max_step_tokens = limits.max_num_batched_tokens
         self._whole_prompts = limits.whole_prompts
 
-    def admit(self, plan: StepPlan, prefilling: list[Sequence], max_step_tokens: int, max_background_rows: int) -> bool:
+    def admit(self, plan: StepPlan, prefilling: list[Sequence], budget: PromptBudget, max_background_rows: int) -> bool:
         """Start waiting groups while their share of the budget is worth having. They get rows and prefix hits.
 
-        The budget is what `plan` leaves of `max_step_tokens`. The background gets at most so many rows in all, or one
-        request where none of it runs and it may have any. The leaders of the groups are added to `prefilling`,
+        The budget is what `plan` leaves of the step. The background gets at most so many rows in all, or one request
+        where none of it runs and it may have any. The leaders of the groups are added to `prefilling` and the budget,
         except leaders that wait for a tier. Returns whether any group started.
         """
-        started, budget = False, max_step_tokens - plan.num_tokens
-        offload, waiting = self._offload, self._queues.waiting
+        started, offload, waiting = False, self._offload, self._queues.waiting
         # Every sequence needs a token per step, and a step may be small for a while.
-        num_rows_kept = max(0, len(self._queues.rows) - max_step_tokens)
+        num_rows_kept = max(0, len(self._queues.rows) - budget.num_tokens - plan.num_tokens)
         loading = list(offload.waiting) if offload is not None else []
         promised = sum(self._num_blocks_to_come(sequence) for sequence in (*prefilling, *loading))
-        wanted = sum(sequence.num_missing_tokens for sequence in prefilling)
         postponed: list[SequenceGroup] = []
-        while len(prefilling) < budget and len(postponed) < MAX_POSTPONED:
-            if wanted >= budget and len(prefilling) >= self._max_num_partial_prefills:
-                break
+        while len(postponed) < MAX_POSTPONED:
             group = waiting.pop()
             if group is None:
                 break
-            if group.is_background and not self._may_start(group, max_background_rows):
-                waiting.push(group)
-                break
-            if self._whole_prompts and prefilling and wanted + group.num_prompt_tokens > budget:
+            if not self._may_start(group, budget, max_background_rows):
                 waiting.push(group)
                 break
             found = self._lookup.find(group, prefilling, loading)
@@ -108,12 +102,22 @@ class Admission:
                 loading.append(leader)
                 continue
             prefilling.append(leader)
-            wanted += leader.num_missing_tokens
+            budget.add(leader)
         for group in postponed:
             waiting.push(group)
         return started
 
-    def _may_start(self, group: SequenceGroup, max_background_rows: int) -> bool:
+    def _may_start(self, group: SequenceGroup, budget: PromptBudget, max_background_rows: int) -> bool:
+        if not budget.has_room(group, self._max_num_partial_prefills):
+            return False
+        if (
+            self._whole_prompts
+            and budget.num_wanted
+            and budget.num_wanted + group.num_prompt_tokens > budget.num_tokens
+        ):
+            return False
+        if not group.is_background:
+            return True
         num_rows = self._queues.num_background_rows
         return num_rows + group.num_rows <= max_background_rows or (max_background_rows > 0 and not num_rows)
 

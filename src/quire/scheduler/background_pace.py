@@ -3,12 +3,12 @@
 While clients are about, a step with rows or prompts of the background should take no more than a share of the time in
 which clients lately got their first token. When none was seen for a while, a step with prompts of the background takes
 `STEP_SECONDS`, and its decoding rows are not bounded. The tokens that such a step holds are learned from the steps
-before: a bound in tokens would fit one machine.
+before.
 """
 
-from collections import deque
 from collections.abc import Callable
-from math import inf
+
+from quire.scheduler.learned_size import FirstTokenTimes, LearnedSize
 
 STEP_SECONDS = 0.05
 """What a step with prompts of the background takes while no client is about."""
@@ -18,7 +18,6 @@ MIN_SHARED_TOKENS = 8
 """The same while clients are about; decoding rows count, too."""
 ABOUT_SECONDS = 10.0
 """Time after a client's last first token for which others are expected."""
-_NUM_TIMES = 15
 
 
 class BackgroundPace:
@@ -28,22 +27,19 @@ class BackgroundPace:
         """`delay`: the share of the time to a first token by which the background may delay it."""
         self._clock = clock
         self._delay = delay
-        self._alone = _LearnedSize(MIN_TOKENS)
-        self._shared = _LearnedSize(MIN_SHARED_TOKENS)
-        self._first_token_seconds: deque[float] = deque(maxlen=_NUM_TIMES)
-        self._seen_at = -inf
-        """When a client got its first token last."""
-        self._began: tuple[_LearnedSize, int, float, float] | None = None
+        self._alone = LearnedSize(MIN_TOKENS)
+        self._shared = LearnedSize(MIN_SHARED_TOKENS)
+        self._first_tokens = FirstTokenTimes(clock, ABOUT_SECONDS)
+        self._began: tuple[LearnedSize, int, float, float] | None = None
         """What learns from the step that runs, its tokens of the background, the time it should take, its start."""
 
     @property
     def _shares(self) -> bool:
-        return bool(self._first_token_seconds) and self._clock() - self._seen_at < ABOUT_SECONDS
+        return self._first_tokens.are_recent
 
     def note_first_token(self, seconds: float) -> None:
         """A client got its first token so long after its prompt was begun."""
-        self._first_token_seconds.append(seconds)
-        self._seen_at = self._clock()
+        self._first_tokens.note(seconds)
 
     def num_rows(self, num_rows: int) -> int:
         """The most rows that the background may have, of `num_rows`; a quarter of a step is left to prompts."""
@@ -63,8 +59,7 @@ class BackgroundPace:
     def begin(self, num_prompt_tokens: int, num_rows: int) -> None:
         """A step of the background begins with so many tokens of prompts and decoding rows."""
         if self._shares:
-            times = sorted(self._first_token_seconds)
-            seconds = self._delay * times[len(times) // 2]
+            seconds = self._delay * self._first_tokens.median
             self._began = (self._shared, num_prompt_tokens + num_rows, seconds, self._clock())
         elif num_prompt_tokens:
             self._began = (self._alone, num_prompt_tokens, STEP_SECONDS, self._clock())
@@ -75,18 +70,3 @@ class BackgroundPace:
             size, num_tokens, wanted, start = self._began
             self._began = None
             size.learn(num_tokens, self._clock() - start, wanted)
-
-
-class _LearnedSize:
-    """The tokens that a step may hold to take a given time."""
-
-    def __init__(self, least: int) -> None:
-        self._least = least
-        self.num_tokens = 2 * least
-
-    def learn(self, num_tokens: int, seconds: float, wanted: float) -> None:
-        """A step of `num_tokens` took `seconds`."""
-        if seconds > wanted:
-            self.num_tokens = max(self._least, int(num_tokens * wanted / seconds))
-        elif num_tokens >= self.num_tokens:
-            self.num_tokens += 1 + self.num_tokens // 4

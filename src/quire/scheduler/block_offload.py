@@ -73,13 +73,16 @@ class BlockOffload:
         """The longest hit with blocks of tiers that is worth loading, after what the pool alone has: `found`.
 
         The last token is never covered, as in `BlockTable.find_prefix`. The pool has a free block for each to load.
+        What another engine was asked to compute is always worth it: this one shall have its time for other requests.
         """
         worth = longest = self.find_longest(sequence, token_ids, found, (len(token_ids) - 1) // self._pool.block_size)
         if longest:
             limit = self._room_beside(found)
             rows = zip(*(sources[longest.first : limit] for sources in longest.sources), strict=True)
             stored_in = [[source[0] for source in row if isinstance(source, tuple)] for row in rows]
-            num_worth = self._index.num_worth_loading(stored_in, self._pool.block_size, self._num_queued)
+            num_worth = len(stored_in)
+            if not any(self._is_expected(block_hash) for _, block_hash in longest.stored):
+                num_worth = self._index.num_worth_loading(stored_in, self._pool.block_size, self._num_queued)
             if longest.first + num_worth < longest.num_blocks:
                 worth = self.find_longest(sequence, token_ids, found, longest.first + num_worth)
         return replace(worth, not_worth=[tier_name for tier_name, _ in longest.stored[len(worth.stored) :]])
@@ -99,9 +102,21 @@ class BlockOffload:
 
         return StoredPrefix(first, longest_prefix(pool, most_blocks, source), [])
 
+    def expect(self, sequence: Sequence) -> None:
+        """Another engine has computed a sequence's prompt: blocks that no tier has can be fetched from there."""
+        if self._disk is None or not self._disk.fetches:
+            return
+        num_blocks = (len(sequence.token_ids) - 1) // self._pool.block_size
+        for index in range(num_blocks):
+            block_hash = sequence.table.block_hash(index, sequence.token_ids)
+            for group in range(self._pool.num_groups):
+                self._disk.expect(group_hash(block_hash, group))
+            if self._has_states and index == num_blocks - 1:
+                self._disk.expect(state_hash(block_hash), is_state=True)
+
     def is_stored(self, block_hash: BlockHash) -> bool:
         """Whether a tier holds a block or a state."""
-        return self._index.find(block_hash) is not None
+        return self._index.find(block_hash) is not None or self._is_expected(block_hash)
 
     def find_state(self, name: BlockHash) -> Stored | None:
         """Where a tier holds the state after the block of this hash, unless it is on its way up already."""
@@ -111,6 +126,8 @@ class BlockOffload:
         """Whether all of a hit fits into the pool, and loading it is faster than computing `num_tokens` tokens."""
         if stored.num_blocks > self._room_beside(found):
             return False
+        if any(self._is_expected(block_hash) for _, block_hash in stored.stored):
+            return True
         tier_names = [tier_name for tier_name, _ in stored.stored]
         if stored.state is not None:
             tier_name, key = stored.state
@@ -118,8 +135,12 @@ class BlockOffload:
         return self._index.num_worth_loading([tier_names], num_tokens, self._num_queued) == 1
 
     def _stored(self, block_hash: BlockHash) -> Stored | None:
-        tier_name = self._index.find(block_hash)
+        tier_name = self._index.find(block_hash) or (DISK if self._is_expected(block_hash) else None)
         return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
+
+    def _is_expected(self, block_hash: BlockHash) -> bool:
+        """Whether another engine may have a block or a state, which is then read as if it were on the disk."""
+        return self._disk is not None and self._disk.expects(block_hash)
 
     def _room_beside(self, found: GroupBlocks) -> int:
         """The most logical blocks for which the pool has room, beside those in `found` that are free now."""
@@ -151,7 +172,8 @@ class BlockOffload:
         state = () if stored.state is None else (stored.state,)
         for tier_name, block_hash in reversed([*stored.stored, *state]):
             # Here too, the beginnings of prompts should survive longest. Blocks that are taken must not evict these.
-            self._index.tiers[tier_name].touch(block_hash)
+            if block_hash in self._index.tiers[tier_name]:
+                self._index.tiers[tier_name].touch(block_hash)
             self._in_flight.add(block_hash)
             self._storing.pinned.add(block_hash)
         loaded = sequence.table.adopt_stored(stored.sources, stored.first)
@@ -194,6 +216,8 @@ class BlockOffload:
         for block_hash, sequence in self._finished_reads.items():
             if sequence is None:
                 self._storing.plan.cancelled.append(block_hash)
+                if self._disk is not None:
+                    self._disk.forget(block_hash)
             else:
                 loading = self.waiting[sequence]
                 self._load(sequence, loading, DISK, block_hash, loading.blocks[block_hash][2])
@@ -224,6 +248,7 @@ class BlockOffload:
         stats = self._index.tiers[tier_name].stats
         stats.total_loaded += 1
         stats.total_loaded_bytes += self._index.tiers[tier_name].size(block_hash)
+        self._index.tiers[tier_name].forget(block_hash)
         if not loading.unplanned:
             del self.waiting[sequence]
             self._loaded[sequence] = loading
@@ -302,9 +327,11 @@ class BlockOffload:
         self._storing.update(disk, result)
         for block_hash, seconds in result.read:
             self._finished_reads[block_hash] = self._reads.pop(block_hash)
-            self._index.measure_load(DISK, disk.num_blocks(block_hash), seconds)
+            if not disk.expects(block_hash):  # the time of another engine tells nothing of this one's disk
+                self._index.measure_load(DISK, disk.num_blocks(block_hash), seconds)
         for block_hash, reason in result.failed_reads:
             disk.remove(block_hash)
+            disk.forget(block_hash)
             disk.stats.total_corrupt += reason == "corrupt"
             sequence_or_none = self._reads.pop(block_hash)
             if sequence_or_none is not None and self._has_states:

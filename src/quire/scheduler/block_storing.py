@@ -2,7 +2,8 @@
 
 An evicted block is stored before its space is written: in host memory if there is a host tier, and on disk unless the
 disk has it. A block that nobody holds any more also goes to disk as soon as there is time (write-behind), so that a
-later process finds it even if this one never ran out of space. The number of blocks on their way is bounded; a block
+later process finds it even if this one never ran out of space; an `eager` tier gets every block as soon as it is full.
+The number of blocks on their way is bounded; a block
 evicted beyond that is lost and counted. The beginnings of prompts are stored first.
 
 A recurrent state is stored alike if it follows a full block; its index is its slot after the pool's blocks.
@@ -37,7 +38,7 @@ class BlockStoring:
         self._states = states
         self._is_read = is_read
         self._idle: dict[BlockHash, int] = {}
-        """Blocks to write behind; the last one is written first."""
+        """Blocks to write behind; the last one is written first, or in an `eager` tier the first one."""
         self._storing: dict[BlockHash, int] = {}
         """Blocks on their way to disk, and the space they take there."""
         self._unwanted: set[BlockHash] = set()
@@ -51,6 +52,8 @@ class BlockStoring:
             states.eviction_listeners.append(self._store_evicted_state)
         if self._disk is not None:
             pool.idle_listeners.append(self._note_idle)
+            if self._disk.eager:
+                pool.stored_listeners.append(lambda block, block_hash, *_: self._note_idle(block, block_hash))
             if states is not None:
                 states.kept_listeners.append(self._note_idle_state)
             # The disk tier may be smaller than it was for the process that stored its blocks.
@@ -141,9 +144,13 @@ class BlockStoring:
         self._storing[block_hash] = self._space(disk, block)
 
     def _write_behind(self, disk: Tier) -> None:
-        quota = min(self._max_staged - len(self._storing), max(1, self._max_staged // WRITE_BEHIND_SHARE))
+        quota = self._max_staged - len(self._storing)
+        if not disk.eager:
+            quota = min(quota, max(1, self._max_staged // WRITE_BEHIND_SHARE))
         while self._idle and quota > 0:
-            block_hash, block = self._idle.popitem()
+            # Another engine asks for the beginning of a prompt first, which filled first.
+            block_hash = next(iter(self._idle)) if disk.eager else next(reversed(self._idle))
+            block = self._idle.pop(block_hash)
             if self._storing and sum(self._storing.values()) + self._space(disk, block) > self._max_bytes:
                 self._idle[block_hash] = block  # a state that waits for the blocks before it
                 return

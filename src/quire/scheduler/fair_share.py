@@ -7,12 +7,13 @@ have requests waiting, the service given to them differs by no more than twice t
 a full KV pool of output, however many requests either sends.
 
 A tenant that holds more than its equal share of the rows leaves `KEPT_SHARE` of them free while others ask as well: a
-request of a tenant that asks little then starts in the next step instead of waiting for the end of another.
+request of a tenant that asks little then starts in the next step instead of waiting for the end of another. A tenant
+with `HEAVY_FACTOR` times the requests of the others computes its prompts in small chunks beside them (`tenant_pace`).
 
 Tokens that a preempted request computes again are not counted twice. Tokens from the prefix cache are not counted.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
@@ -24,6 +25,9 @@ MAX_TENANTS = 4096
 
 KEPT_SHARE = 8
 """One row of so many stays free, and at least one."""
+HEAVY_FACTOR = 4
+"""A tenant is heavy that has so many times the requests in flight that the other tenants have on average, and was given
+more service than one of them."""
 RECENT_SERVICE = 50_000.0
 """A tenant is present until others were given so much service since it was seen."""
 _TURN = 0.5
@@ -99,6 +103,26 @@ class FairShare(WaitingQueue):
         if not held or held + group.num_rows <= num_rows // (1 + num_others):
             return 0
         return max(1, num_rows // KEPT_SHARE)
+
+    def heavy_tenants(self, running: Sequence[SequenceGroup]) -> frozenset[str]:
+        if len(self._counters) < 2:
+            return frozenset()
+        counts = Counter(group.request.tenant for group in running)
+        for (_, tenant), queue in self._queues.items():
+            counts[tenant] += len(queue)
+        num_requests = counts.total()
+        return frozenset(
+            tenant for tenant, count in counts.items() if self._is_heavy(tenant, count, num_requests - count)
+        )
+
+    def _is_heavy(self, tenant: str, count: int, num_others: int) -> bool:
+        """Whether a tenant with `count` requests in flight, beside `num_others` of others, is heavy."""
+        if count < HEAVY_FACTOR:
+            return False
+        served = [self._counters.get(other, 0.0) for other in self._others_present(tenant)]
+        if not served or self._counters.get(tenant, 0.0) <= min(served):
+            return False
+        return count >= HEAVY_FACTOR * max(1.0, num_others / len(served))
 
     def _others_present(self, tenant: str) -> Iterator[str]:
         """The other tenants that were seen lately."""

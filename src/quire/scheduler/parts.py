@@ -26,6 +26,7 @@ from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.result_processor import ResultProcessor
 from quire.scheduler.step_planner import StepPlanner
 from quire.scheduler.step_totals import StepTotals
+from quire.scheduler.tenant_pace import TenantPace
 
 WATERMARK = 0.01
 """Share of the pool that admission leaves free, so that running sequences can grow before any is preempted."""
@@ -46,6 +47,7 @@ class SchedulerParts:
     images: ImageEncoding
     planner: StepPlanner
     pace: BackgroundPace
+    tenant_pace: TenantPace
     look_ahead: LookAhead
     offload: BlockOffload | None
     """None without tiers."""
@@ -99,6 +101,7 @@ def make_parts(
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
     images, pace = ImageEncoding(limits), BackgroundPace(clock, limits.background_delay)
+    tenant_pace = TenantPace(clock, limits.background_delay, queues.waiting)
     return SchedulerParts(
         totals=totals,
         prefixes=prefixes,
@@ -110,9 +113,10 @@ def make_parts(
         admission=admission,
         images=images,
         planner=StepPlanner(
-            pool, queues, admission, offload, drafting, images, pace, whole_prompts=limits.whole_prompts
+            pool, queues, admission, offload, drafting, images, pace, tenant_pace, whole_prompts=limits.whole_prompts
         ),
         pace=pace,
+        tenant_pace=tenant_pace,
         look_ahead=LookAhead(pool, queues),
         offload=offload,
         drafting=drafting,

@@ -90,6 +90,8 @@ class Scheduler:
         if not self._queues.by_id:
             self._parts.demand.begin(self._clock())
         self._queues.enter(group)
+        if request.prefilled and self._parts.offload is not None:
+            self._parts.offload.expect(group.leader)
 
     def abort(self, request_id: str) -> None:
         """End a request, wherever it is; its blocks are free at once. Unknown ids (already ended) are ignored."""
@@ -286,6 +288,7 @@ class Scheduler:
         self._parts.images.measure(plan, now - (self._updated_at if self._in_flight else self.pool.now))
         self._updated_at = now
         self._parts.pace.end()
+        self._parts.tenant_pace.end()
         if self._states is not None:
             self._states.commit()
         self._max_step_tokens = min(
@@ -310,4 +313,6 @@ class Scheduler:
             if sequence is not None and not sequence.group.is_background:
                 end = plan.num_computed_tokens[index] + plan.num_scheduled_tokens[index]
                 if end == sequence.group.num_prompt_tokens:
-                    self._parts.pace.note_first_token(now - sequence.group.first_scheduled_time)
+                    seconds = now - sequence.group.first_scheduled_time
+                    self._parts.pace.note_first_token(seconds)
+                    self._parts.tenant_pace.note_first_token(sequence.group, seconds)

@@ -6,7 +6,8 @@ The rules, in their order:
    the prefix cache still holds of it. This happens before anything is planned.
 2. The rest of the budget goes to sequences that lack more (prompts, chunks, resumed groups) in equal shares. What a
    short prompt does not need goes to the longer ones, so a long prompt delays no other by more than its share. Beams of
-   one request take their tokens together: a beam that lacks one token waits for beams that lack more.
+   one request take their tokens together: a beam that lacks one token waits for beams that lack more. Prompts of heavy
+   tenants come last and in small chunks while others are about (`tenant_pace`).
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
    A prompt whose next image exceeds what a step encodes is computed up to it (`image_encoding`).
 4. Requests of the background run while no client waits for a first token, in short steps (`background_pace`).
@@ -26,6 +27,7 @@ from quire.scheduler.drafting import Drafting
 from quire.scheduler.image_encoding import ImageEncoding
 from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import Sequence, SequenceGroup
+from quire.scheduler.tenant_pace import PromptBudget, TenantPace
 from quire.step import StepPlan
 
 
@@ -41,11 +43,13 @@ class StepPlanner:
         drafting: Drafting | None,
         images: ImageEncoding,
         pace: BackgroundPace,
+        tenant_pace: TenantPace,
         *,
         whole_prompts: bool = False,
     ) -> None:
         """`whole_prompts`: a prompt is computed in one step."""
         self._pace = pace
+        self._tenant_pace = tenant_pace
         self._whole_prompts = whole_prompts
         self._pool = pool
         self._queues = queues
@@ -89,10 +93,9 @@ class StepPlanner:
             started = False
             if not preempted and resuming:
                 started = self._admission.resume(plan, resuming, prefilling)
-            if not preempted and len(queues.waiting):
-                started = self._admission.admit(plan, prefilling, limit, background_rows) or started
-            if prefilling:
-                self._plan_prefilling(plan, prefilling, limit - plan.num_tokens)
+            if prefilling or len(queues.waiting):
+                most = None if preempted else background_rows
+                started = self._plan_prompts(plan, prefilling, limit - plan.num_tokens, most) or started
             if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
                 self._drafting.extend(plan)
             if plan.rows or not queues.running or (offload is not None and offload.has_loads) or not may_preempt:
@@ -180,6 +183,28 @@ class StepPlanner:
         return decode_step, prefilling
 
     # -- prefilling ---------------------------------------------------------------------------------------------------
+
+    def _plan_prompts(
+        self, plan: StepPlan, prefilling: list[Sequence], num_tokens: int, background_rows: int | None
+    ) -> bool:
+        """Plan up to `num_tokens` tokens of prompts, after waiting groups were admitted. Returns whether any was.
+
+        The background may have so many rows; None: nothing is admitted.
+        """
+        queues, started = self._queues, False
+        budget = PromptBudget(num_tokens)
+        if not self._whole_prompts:
+            budget = self._tenant_pace.budget(queues.running, num_tokens)
+        for sequence in prefilling:
+            budget.add(sequence)
+        if background_rows is not None and len(queues.waiting):
+            started = self._admission.admit(plan, prefilling, budget, background_rows)
+        others, heavy = budget.parts(prefilling)
+        self._plan_prefilling(plan, *others)
+        num_before = plan.num_tokens
+        self._plan_prefilling(plan, *heavy)
+        self._tenant_pace.begin(plan.num_tokens - num_before)
+        return started
 
     def _plan_prefilling(self, plan: StepPlan, prefilling: list[Sequence], budget: int) -> None:
         """Share the rest of the budget among sequences that lack more than their last token."""

@@ -58,5 +58,9 @@ class WaitingQueue:
         """Rows, of `num_rows` in all, that must stay free if the group starts beside the `running` ones."""
         return 0
 
+    def heavy_tenants(self, running: Sequence[SequenceGroup]) -> frozenset[str]:
+        """Tenants that ask so much, beside the `running` groups, that their prompts stand back behind others'."""
+        return frozenset()
+
     def serve(self, tenant: str, service: float) -> None:
         """A tenant's requests were given so much service. This policy ignores it."""

@@ -18,6 +18,7 @@ from quire import __version__
 from quire.engine.request_streams import Tap
 from quire.errors import EngineUnavailableError, RequestError
 from quire.outputs import CompletionOutput, RequestOutput
+from quire.sampling_params import SamplingParams
 from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
 from quire.server.endpoint import RequestContext
@@ -157,12 +158,25 @@ class Answer:
         """Answer the request of `context` within its time. The generation is cancelled if the client leaves."""
         self.generation = replace(self.generation, timeout=context.timeout())
         context.scope["state"]["usage"] = self.usage
-        if context.asks_for_prompt:
+        if context.is_prefilled:
+            self.generation = self.generation.prefilled()
+        if context.computes_prompt:
+            await context.reply_when_done(self.computed_prompt(context.engine))
+        elif context.asks_for_prompt:
             await context.reply(await self.prompt_blocks(context.engine))
         elif stream:
             await context.stream(self.stream_events(context), self.stream_form(marked=context.handover is not None))
         else:
             await context.reply_when_done(self.whole(context.engine))
+
+    async def computed_prompt(self, engine: Engine) -> PromptBlocks:
+        """The blocks of the prompt, once the engine has computed them; the one token that it samples is dropped."""
+        described = await self.prompt_blocks(engine)
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        async with aclosing(replace(self.generation, params=params, progress={}).run(engine)) as outputs:
+            async for _ in outputs:
+                pass
+        return described
 
     async def prompt_blocks(self, engine: Engine) -> PromptBlocks:
         """The blocks that the answer's prompt fills."""

@@ -6,7 +6,7 @@ needs one), then calls the endpoint. Any error becomes an OpenAI error body. Eac
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from email.utils import formatdate
 
 import msgspec
@@ -119,10 +119,15 @@ def build_app(
         shown = as_request_error(error)
         if shown.status == 404:
             shown = Refusal(404, describe_miss(path, paths), code="route_not_found")
+        if shown.status == 405:
+            shown = _wrong_method(
+                {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
+            )
         return _error_response(shown, error_forms.get(path, OPENAI_ERRORS), "")
 
+    routes = [Route(e.path, _Bound(e, engine, settings, services), methods=[e.method]) for e in endpoints]
     app = Starlette(
-        routes=[Route(e.path, _Bound(e, engine, settings, services), methods=[e.method]) for e in endpoints],
+        routes=routes,
         middleware=middleware,
         exception_handlers={HTTPException: routing_error},
     )
@@ -203,6 +208,7 @@ class _RequestMiddleware:
 
         try:
             check_headers(scope, self._settings)
+            scope["path"] = scope["path"].rstrip("/") or "/"  # a redirect would lose a body, or https behind a proxy
             if not self._hosts.is_own_page(scope["headers"]):
                 self._authenticator.check_origin(scope["headers"])
             # Compare the raw path: a URL rebuilt from the Host header could be forged to name a public route.
@@ -229,6 +235,14 @@ class _RequestMiddleware:
         self._engine.metrics.observe_http(handler=handler, method=scope["method"], status=status, seconds=seconds)
         usage: UsageCounter | None = scope.get("state", {}).get("usage")
         logs.log_request(scope, status, seconds, None if usage is None else usage.usage())
+
+
+def _wrong_method(methods: Collection[str]) -> Refusal:
+    """Starlette itself names the methods of the path's first route only."""
+    allowed = ", ".join(sorted(methods))
+    return Refusal(
+        405, f"this route takes {allowed}", code="method_not_allowed", headers=((b"allow", allowed.encode()),)
+    )
 
 
 def _error_response(error: RequestError, form: ErrorForm, request_id: str) -> Response:

@@ -16,6 +16,7 @@ DEFAULT_ORIGINS = re.compile(
     r"|(?:capacitor|electron|ionic)://(?:localhost|-)"
 )
 """Origins that may always call: pages of this machine, and programs, whose origins no web site can have."""
+_SHOWN_DIGITS = 8
 _JSON = b"application/json"
 
 
@@ -28,13 +29,15 @@ class Client(NamedTuple):
     """Goes into the hashes of its prefix blocks, so that other keys do not share them."""
     background: bool = False
     """Its requests wait for those of all others."""
+    name: str = ""
+    """The name of its key, as the log shows it; the begin of the key's digest where it has none."""
 
 
 class Authenticator:
     """Checks the API key and the origin of requests, and derives each tenant's account and cache salt from its key."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._keys = {key.digest: key.account for key in settings.keys}
+        self._keys = {key.digest: key for key in settings.keys}
         self._origins = frozenset(origin.encode() for origin in settings.allow_origins)
         self._salted = not settings.share_prefix_cache
 
@@ -50,10 +53,10 @@ class Authenticator:
         if not self._keys:
             return Client()
         found = dict(headers)
-        scheme, _, key = found.get(b"authorization", b"").partition(b" ")
-        if b"x-api-key" in found and not key:  # Anthropic's clients
-            scheme, key = b"bearer", found[b"x-api-key"]
-        digest = hashlib.sha256(key.strip()).digest()
+        scheme, _, sent = found.get(b"authorization", b"").partition(b" ")
+        if b"x-api-key" in found and not sent:  # Anthropic's clients
+            scheme, sent = b"bearer", found[b"x-api-key"]
+        digest = hashlib.sha256(sent.strip()).digest()
         # Compare with every key, each in constant time, so that the time taken reveals nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._keys]
         if scheme.lower() != b"bearer" or not any(matches):
@@ -63,7 +66,9 @@ class Authenticator:
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"),),
             )
-        return Client(self._keys[digest], _salt(digest) if self._salted else "")
+        key = self._keys[digest]
+        salt = _salt(digest) if self._salted else ""
+        return Client(key.account, salt, name=key.name or key.account[:_SHOWN_DIGITS])
 
     def check_origin(self, headers: Headers) -> None:
         """Refuse (403) a web page of another site that calls a server without keys through its visitor's browser.

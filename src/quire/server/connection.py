@@ -11,12 +11,16 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from quire.errors import EngineUnavailableError, RequestError
+from quire.server.descriptors import WANTED, max_connections
 from quire.server.errors import error_body
 from quire.server.limits import headers_too_large
 from quire.server.settings import ServerSettings
 from quire.server.streaming import DIRECT
 
 _LINGER_SECONDS = 1.0
+_MAX_LINGERING = 16
+"""Refused connections that get an answer. Each holds a descriptor for `_LINGER_SECONDS`; others are only closed."""
 _OVERHEAD_PER_BYTE = 8
 """Bytes of framing for each byte of a body: chunks of a single byte have five."""
 _UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
@@ -26,6 +30,7 @@ class LimitedProtocol(HttpToolsProtocol):
     """One connection."""
 
     settings = ServerSettings()
+    max_connections = WANTED
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as in uvicorn's own class
         super().connection_made(transport)
@@ -36,6 +41,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refused = False
         self._offers_upgrade = False
         self._await_headers()
+        if len(self.connections) > self.max_connections:
+            self._refuse_connection()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_done()
@@ -127,11 +134,25 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.close()
 
+    def _refuse_connection(self) -> None:
+        error = EngineUnavailableError(
+            f"{len(self.connections) - 1} connections are open, as many as the server's limit of descriptors allows "
+            "(ulimit -n); close some, or come again"
+        )
+        if len(self.connections) > self.max_connections + _MAX_LINGERING:
+            self._refused = True
+            self.transport.close()
+            return
+        self._refuse(b"503 Service Unavailable\r\nretry-after: 1", error)
+
     def _refuse_headers(self) -> None:
-        body = msgspec.json.encode(error_body(headers_too_large(self.settings.max_header_size)))
+        self._refuse(b"431 Request Header Fields Too Large", headers_too_large(self.settings.max_header_size))
+
+    def _refuse(self, status: bytes, error: RequestError) -> None:
+        body = msgspec.json.encode(error_body(error))
         self.transport.write(
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            b"content-length: %d\r\n\r\n%b" % (len(body), body)
+            b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n%b" % (status, len(body), body)
         )
         # Closing while the client still sends would reset the connection and lose the response. Drop what it sends.
         self._refused = True
@@ -162,5 +183,6 @@ class CycleWriter:
 
 
 def limited_protocol(settings: ServerSettings) -> type[Any]:
-    """`LimitedProtocol` with the limits of `settings`, as a class: uvicorn makes the instances."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"settings": settings})
+    """`LimitedProtocol` with the limits of `settings` and the process, as a class: uvicorn makes the instances."""
+    limits = {"settings": settings, "max_connections": max_connections()}
+    return type("LimitedProtocol", (LimitedProtocol,), limits)

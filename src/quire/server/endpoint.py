@@ -21,7 +21,14 @@ from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
-from quire.server.handover import PROMPT_HEADER, STREAM_HEADER, Handover, decode_progress
+from quire.server.handover import (
+    COMPUTE,
+    PREFILLED_HEADER,
+    PROMPT_HEADER,
+    STREAM_HEADER,
+    Handover,
+    decode_progress,
+)
 from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
@@ -32,6 +39,8 @@ T = TypeVar("T")
 
 _MAX_NAMES = 20
 """Names of models that a refusal lists."""
+_MAX_WARNING = 400
+"""Characters of one warning."""
 _LARGE_BODY = 2**16
 """Bytes that may take milliseconds to read."""
 _TIMEOUT_HEADER = b"x-request-timeout"
@@ -72,7 +81,7 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
-        if self.queues and not self.asks_for_prompt:
+        if self.queues and (self.computes_prompt or not self.asks_for_prompt):
             self.services.door.check(self.engine, self.client.account or None)
         given = dict(self.scope["headers"]).get(STREAM_HEADER)
         if given is not None:
@@ -97,6 +106,16 @@ class RequestContext:
         """The router wants to know the prompt's blocks, not the answer."""
         return PROMPT_HEADER in dict(self.scope["headers"])
 
+    @property
+    def computes_prompt(self) -> bool:
+        """The router wants the prompt computed, and another server to answer."""
+        return dict(self.scope["headers"]).get(PROMPT_HEADER) == COMPUTE
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Another server has computed the prompt for this one."""
+        return PREFILLED_HEADER in dict(self.scope["headers"])
+
     def answer_id(self, prefix: str) -> str:
         """The id of the answer, which begins with `prefix`."""
         return prefix + (self.handover.stream_id if self.handover else uuid.uuid4().hex)
@@ -106,9 +125,11 @@ class RequestContext:
         return self.handover.created if self.handover else int(time.time())
 
     def warn(self, *texts: str) -> None:
-        """Say in a header of the response, and once in the log, what of the request has no effect."""
-        self.scope["state"].setdefault("warnings", []).extend(texts)
-        self.services.warnings.log(self.scope["path"], texts)
+        """Say in a header of the response, and once in the log, what of the request has no effect. `texts` may hold
+        words of the client: a line feed in one would begin another header."""
+        lines = ["".join(char if char.isprintable() else "?" for char in text[:_MAX_WARNING]) for text in texts]
+        self.scope["state"].setdefault("warnings", []).extend(lines)
+        self.services.warnings.log(self.scope["path"], lines)
 
     async def reply(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""

@@ -81,8 +81,8 @@ def naming(sent_names: Mapping[str, str]) -> Iterator[None]:
     except RequestError as error:
         for name, sent in sent_names.items():
             # Where a name is a common word, only the first word of a message is surely the field.
-            place = r"(?<![\w.-])" if "_" in name else "^"
-            error.message = re.sub(rf"{place}{name}(?![\w-])", sent, error.message)
+            place = r"(?<![\w-])" if "." in name else r"(?<![\w.-])" if "_" in name else "^"
+            error.message = re.sub(rf"{place}{re.escape(name)}(?![\w-])", sent, error.message)
             error.param = sent if error.param == name else error.param
         error.args = (error.message,)
         raise
@@ -133,7 +133,4 @@ def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
 
 def _from_starlette(error: HTTPException) -> Refusal:
     headers = tuple((k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items())
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return Refusal(405, f"this route takes {allowed}", code="method_not_allowed", headers=headers)
     return Refusal(error.status_code, error.detail, code="http_error", headers=headers)

@@ -14,7 +14,7 @@ from quire.engine.request_streams import Tap
 from quire.errors import EngineUnavailableError
 from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-from quire.request import BegunPrompt, SampleProgress
+from quire.request import BegunPrompt, PrefilledPrompt, SampleProgress
 from quire.sampling_params import SamplingParams
 from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
@@ -46,6 +46,11 @@ class Generation:
         """The same for an endpoint that calls the fields `names`, by our names or by those that a chat sends."""
         sent = {ours: names.get(name, name) for ours, name in self.sent_names.items()}
         return replace(self, sent_names={**names, **sent})
+
+    def prefilled(self) -> "Generation":
+        """The same, of prompts that another server computed. Those with images are computed here."""
+        prompts = [PrefilledPrompt(prompt) if type(prompt) is list else prompt for prompt in self.prompts]
+        return replace(self, prompts=prompts)
 
     @property
     def num_choices(self) -> int:

@@ -5,7 +5,8 @@ and how many bytes of progress stand before the body. The server puts a mark aft
 the event stream with the tokens that the events stand for. The router forwards events up to a mark and keeps its
 tokens. If the server dies, another one gets the same request and the progress, renders nothing of it, and goes on.
 
-The header x-quire-prompt asks for the block hashes of the prompt instead of an answer.
+The header x-quire-prompt asks for the block hashes of the prompt instead of an answer; with the value `compute` the
+server first computes the prompt, so that another one can fetch its blocks. That one gets the header x-quire-prefilled.
 """
 
 import uuid
@@ -22,6 +23,8 @@ from quire.server.errors import Refusal
 STREAM_HEADER = b"x-quire-stream"
 """In a request: `ID CREATED BYTES`. In a response: the server writes marks."""
 PROMPT_HEADER = b"x-quire-prompt"
+COMPUTE = b"compute"
+PREFILLED_HEADER = b"x-quire-prefilled"
 MARK = b": quire "
 """Begins a mark. No event holds a line that begins so: JSON writes a line end as an escape."""
 MOVED = MARK + b"moved\n\n"

@@ -24,6 +24,7 @@ MAX_LISTS = 50_000
 MAX_OBJECTS = 20_000
 MAX_STRINGS = 30_000
 """Most texts in a body, names of fields included."""
+_JSON_TYPES = (b"application/json", b"text/json", b"text/plain", b"application/x-www-form-urlencoded")
 _PIECE_BYTES = 2**16
 MIN_BODY_RATE = 8192
 """Bytes per second at which a body must arrive, after `stall_timeout` seconds."""
@@ -74,9 +75,9 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
 
 
 def _check_content_type(value: bytes) -> None:
-    """Browsers and shells send JSON as text/plain, and some clients leave the type out."""
+    """Browsers send JSON as text/plain, `curl -d` as a form, and some clients leave the type out."""
     kind = value.split(b";")[0].strip().lower()
-    if kind and kind not in (b"application/json", b"text/plain") and not kind.endswith(b"+json"):
+    if kind and kind not in _JSON_TYPES and not kind.endswith(b"+json"):
         raise Refusal(
             415,
             f"content-type is {kind.decode('latin-1')[:100]}; send JSON as application/json",

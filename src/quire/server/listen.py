@@ -1,7 +1,8 @@
-"""Listening: uvicorn around the application, and SIGTERM.
+"""Listening: uvicorn around the application, and the signals that end it: SIGTERM, Ctrl-C, a terminal that closes.
 
 The first signal drains: /health and new requests get 503 at once, running requests have `shutdown_timeout` seconds to
-finish, then the process ends. A second signal ends it without waiting.
+finish, then the process ends. A second signal ends it without waiting, unless it is SIGHUP, which comes several times
+when a terminal closes and behind SIGTERM from some supervisors. A server that was started with nohup ignores SIGHUP.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from quire.engine.group_signals import GROUP_SIGNALS
 from quire.server.app import ENDPOINTS, build_app
 from quire.server.backend import Engine
 from quire.server.batches.service import BatchService
@@ -30,7 +32,6 @@ from quire.server.sockets import url_of
 from quire.server.tls import tls_context
 from quire.server.traces import Traces
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FLUSH_SECONDS = 5
 """Time for the last bytes of responses to reach their clients once the engine has finished."""
 
@@ -156,6 +157,7 @@ class HttpServer(uvicorn.Server):
         self.listening = asyncio.Event()
         self.stop_asked = asyncio.Event()
         self._may_exit = asyncio.Event()
+        self._was_asked = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -168,16 +170,22 @@ class HttpServer(uvicorn.Server):
         """Close the socket, send what is left to send, and return from `serve`."""
         self._may_exit.set()
 
+    def _ask_to_stop(self, number: int) -> None:
+        if number != signal.SIGHUP or not self._was_asked:
+            self._was_asked = True
+            self.stop_asked.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self.stop_asked.set)
+        handled = [number for number in GROUP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        for number in handled:
+            loop.add_signal_handler(number, self._ask_to_stop, number)
         try:
             yield
         finally:
-            for number in _STOP_SIGNALS:
+            for number in handled:
                 loop.remove_signal_handler(number)

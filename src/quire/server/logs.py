@@ -45,6 +45,8 @@ def log_request(scope: Scope, status: int, seconds: float, usage: Usage | None) 
         fields["completion_tokens"] = usage.completion_tokens
     if scope.get("client"):
         fields["client"] = scope["client"][0]
+    if key := getattr(scope.get("state", {}).get("client"), "name", ""):
+        fields["key"] = key
     _access.info("%s %s", scope["method"], quote(scope["path"]), extra={"fields": fields})
 
 

@@ -71,7 +71,7 @@ class ManyEngines(FirstEngine):
     def of(cls, config: EngineConfig, report: Callable[[str], None]) -> "ManyEngines":
         """The engines of a config: `data_parallel_size` of them, each with its share of the cores."""
         number = config.data_parallel_size
-        check_devices(number * config.tensor_parallel_size, find_device(config.device))
+        check_devices(number * config.num_ranks, find_device(config.device))
         threads = config.threads or max(1, usable_cores() // (number * config.tensor_parallel_size))
         return cls(
             [

@@ -23,6 +23,8 @@ from quire.server.settings import ServerSettings
 MAX_REDIRECTS = 3
 MAX_SECONDS = 5.0
 """For one image, redirects included."""
+_MAX_WAIT = 2.0
+"""Seconds for which a fetch may wait for others."""
 MAX_FETCHES = 8
 """Images that are fetched at once; others wait."""
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -86,7 +88,12 @@ class MediaFetcher:
     async def fetch(self, url: str) -> bytes:
         """The bytes at `url`. Raises `RequestError` for a URL that is not allowed, or that gives no file in time."""
         self._check(url)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._fetch, url)
+        fetching = asyncio.get_running_loop().run_in_executor(self._threads, self._fetch, url)
+        try:
+            # A name server that does not answer holds a thread for longer than the image may take: others wait for one.
+            return await asyncio.wait_for(fetching, self._seconds + _MAX_WAIT)
+        except TimeoutError:
+            raise self._late(url) from None
 
     def _fetch(self, url: str) -> bytes:
         deadline = time.monotonic() + self._seconds

@@ -112,7 +112,7 @@ def _operation(endpoint: Endpoint, reference_of: dict[type, Any]) -> dict[str, A
     if endpoint.reply is not None:
         content["application/json"] = {"schema": reference_of[endpoint.reply]}
     if endpoint.streams:
-        content[endpoint.stream_type] = {"schema": {"type": "string"}}
+        content[endpoint.stream_type] = {}  # a schema would be that of one event, and there are several kinds
     failure = {"application/json": {"schema": reference_of[endpoint.errors.schema]}}
     operation: dict[str, Any] = {
         "operationId": "_".join(re.findall(r"\w+", f"{endpoint.method.lower()} {endpoint.path}")),

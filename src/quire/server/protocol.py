@@ -69,6 +69,8 @@ class ResponseFormat(Struct):
     type: str = "text"
     """text, json_object or json_schema."""
     json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
+    """With json_object: the schema of the object, as llama.cpp and others have it."""
 
 
 class StructuredOutputs(Struct):
@@ -158,7 +160,12 @@ class CompletionRequest(GenerateRequest, kw_only=True):
     """A text, a list of texts, a list of token ids, or a list of such lists."""
     suffix: str | None = None
     """Text after the gap that the completion fills, for models with tokens for it."""
-    logprobs: int | None = None
+    logprobs: int | bool | None = None
+    """How many of the likeliest tokens to show for each position. A chat's true means 1 here, and false none."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.logprobs, bool):
+            self.logprobs = 1 if self.logprobs else None
 
 
 class Message(Struct, kw_only=True):

@@ -25,6 +25,7 @@ from quire.simulation.cluster_node import Node
 from quire.simulation.cluster_settings import ClusterSettings
 from quire.simulation.cluster_workload import Session, Turn
 from quire.simulation.modelled_executor import ModelledExecutor
+from quire.simulation.oracles import EqualCapacity, ForgetsNothing
 from quire.simulation.settings import SimulationSettings
 
 KEY_MASK = 2**64 - 1
@@ -95,9 +96,9 @@ class ClusterSimulation:
         self._orphans: deque[_Client] = deque()
         """Requests that wait for a replica, because there was none."""
         self._updating: list[int] = []
-        self._seen: set[int] = set()
-        """Every block of every prompt so far: what an oracle would find."""
-        self._asked = self._oracle_hits = self._num_good = self._refused = self._moved = 0
+        self._oracle, self._equal_oracle = ForgetsNothing(), EqualCapacity(num_blocks * cluster.cluster)
+        self._asked = self._oracle_hits = self._equal_hits = 0
+        self._num_good = self._refused = self._moved = 0
         self._ttft, self._latency = array("d"), array("d")
         self._num_output = self._num_begun = 0
 
@@ -138,7 +139,7 @@ class ClusterSimulation:
             return
         tokens = [content for content, length in turn.pieces for _ in range(length)]
         prompt = Prompt(self._blocks_of(tokens), num_tokens, self._settings.block_size, f"s{turn.session}")
-        self._count_oracle(prompt)
+        self._count_oracles(prompt, output)
         request = Request(
             request_id=f"{turn.session}.{turn.number}",
             prompt_token_ids=tokens,
@@ -174,15 +175,12 @@ class ClusterSimulation:
             blocks.append(_key(parent))
         return blocks
 
-    def _count_oracle(self, prompt: Prompt) -> None:
-        """An oracle finds every block that was ever computed, on whatever replica, and evicts nothing."""
+    def _count_oracles(self, prompt: Prompt, num_output_tokens: int) -> None:
         self._asked += prompt.num_tokens
-        seen = self._seen
-        for index, block in enumerate(prompt.blocks):
-            if block not in seen:
-                seen.update(prompt.blocks[index:])
-                break
-            self._oracle_hits += prompt.block_size
+        size = prompt.block_size
+        num_output_blocks = num_output_tokens // size
+        self._oracle_hits += size * self._oracle.find(prompt.blocks, num_output_blocks)
+        self._equal_hits += size * self._equal_oracle.find(prompt.blocks, num_output_blocks)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -284,7 +282,8 @@ class ClusterSimulation:
         """The figures of the run."""
         hits = [node.prefix_hits for node in self._nodes]
         found, asked = sum(hit for hit, _ in hits), sum(query for _, query in hits)
-        hit, oracle = 100 * found / max(1, asked), 100 * self._oracle_hits / max(1, self._asked)
+        hit = 100 * found / max(1, asked)
+        oracle, equal = (100 * each / max(1, self._asked) for each in (self._oracle_hits, self._equal_hits))
         finished, seconds = len(self._ttft), max(self.now, 1e-9)
         return {
             "finished": finished,
@@ -300,7 +299,9 @@ class ClusterSimulation:
             "latency_p50": quantile(self._latency, 50),
             "prefix_hit_pct": hit,
             "oracle_hit_pct": oracle,
+            "equal_oracle_hit_pct": equal,
             "of_oracle_pct": 100 * hit / oracle if oracle else 100.0,
+            "of_equal_oracle_pct": 100 * hit / equal if equal else 100.0,
             "most_work_to_mean": _most_to_mean([node.num_computed for node in self._nodes]),
             "most_busy_to_mean": _most_to_mean([node.busy_seconds for node in self._nodes]),
             "steps": sum(node.num_steps for node in self._nodes),

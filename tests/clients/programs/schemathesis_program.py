@@ -1,4 +1,4 @@
-"""schemathesis: requests made from /openapi.json, good ones and bad ones, to every route.
+"""schemathesis: requests made from /openapi.json, good ones and bad ones, to every route, and one after another.
 
 Left out is the check that every body of the schema is answered: a prompt may be too long, a model unknown.
 """
@@ -26,7 +26,7 @@ ENDLESS = "/kv/stream"
 def no_findings() -> None:
     command = [
         *(str(Path(sys.executable).with_name("st")), "run", f"{SERVER}/openapi.json"),
-        *("--checks", ",".join(CHECKS), "--phases", "fuzzing", "--max-examples", "6", "--seed", "1"),
+        *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing,stateful", "--max-examples", "6", "--seed", "1"),
         *("--exclude-path", ENDLESS, "--continue-on-failure", "--no-shrink", "--warnings", "off"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """Writes tests/data/stored: layers that the formats' own tools made, with the matrices that the tools read from them.
 
-Run once, by hand, with compressed-tensors 0.20 and bitsandbytes 0.50: `python -m tests.models.stored.make_vectors`.
+Run once, by hand, with compressed-tensors 0.20, bitsandbytes 0.50 and torchao 0.18:
+`python -m tests.models.stored.make_vectors`.
 """
 
 from pathlib import Path
@@ -81,6 +82,29 @@ def fp8_layer() -> None:
     save("fp8_block", {"weight": weight, "weight_scale_inv": scales}, read["m.weight"])
 
 
+def torchao_layers() -> None:
+    """As transformers saves them."""
+    from torchao import quantization as torchao
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization.granularity import PerGroup
+
+    asymmetric = torchao.quant_primitives.MappingType.ASYMMETRIC
+    kinds = {
+        "int8": torchao.Int8WeightOnlyConfig(version=2),
+        "int4": torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP), version=2),
+        "zeros": torchao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=PerGroup(GROUP), mapping_type=asymmetric, version=2
+        ),
+        "float8": torchao.Float8WeightOnlyConfig(),
+    }
+    for name, config in kinds.items():
+        model = torch.nn.Sequential(torch.nn.Linear(NUM_INPUTS, NUM_OUTPUTS, bias=False))
+        torchao.quantize_(model, config)
+        tensors, _ = flatten_tensor_state_dict(model.state_dict())
+        layer = {key.removeprefix("0."): tensor for key, tensor in tensors.items()}
+        save(f"torchao_{name}", layer, model[0].weight.dequantize())
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     FOLDER.mkdir(exist_ok=True)
@@ -88,3 +112,4 @@ if __name__ == "__main__":
     packed_layers()
     awq_layer()
     fp8_layer()
+    torchao_layers()

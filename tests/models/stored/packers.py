@@ -243,6 +243,22 @@ def mlx(bits: int, group_size: int) -> Pack:
     return pack
 
 
+def torchao(group_size: int | None, *, bits: int = 8, symmetric: bool = True) -> Pack:
+    """Codes of any width take a byte, zero points are of signed codes."""
+
+    def pack(weight: Tensor) -> tuple[Tensors, Tensor]:
+        group = group_size or weight.shape[1]
+        codes, scales, zeros = integers(weight, bits, group, symmetric=symmetric, dtype=torch.bfloat16)
+        middle = 2 ** (bits - 1)
+        return {
+            "_weight_qdata": (codes - middle).to(torch.int8),
+            "_weight_scale": scales,
+            "_weight_zero_point": (zeros - middle).to(torch.int8),
+        }, value(codes, scales, zeros, group)
+
+    return pack
+
+
 @dataclass(frozen=True)
 class Case:
     """A format: what config.json says, and how a layer is packed."""
@@ -267,6 +283,11 @@ def gptq_config(bits: int, group_size: int, **extra: Any) -> dict[str, Any]:
 
 def awq_config(**extra: Any) -> dict[str, Any]:
     return {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, **extra}}
+
+
+def torchao_config(name: str, **data: Any) -> dict[str, Any]:
+    kind = {"default": {"_type": name, "_version": 2, "_data": data}}
+    return {"quantization_config": {"quant_method": "torchao", "quant_type": kind, "modules_to_not_convert": None}}
 
 
 _INT = {"type": "int", "symmetric": True}
@@ -333,6 +354,12 @@ CASES: dict[str, Case] = {
     "bnb nf4 nested": Case({"quantization_config": {**_BNB, "bnb_4bit_use_double_quant": True}}, bnb(True)),
     "bnb int8": Case(
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, bytes_by_output("SCB", 127.0)
+    ),
+    "torchao int8": Case(torchao_config("Int8WeightOnlyConfig"), torchao(None)),
+    "torchao int4, groups": Case(torchao_config("IntxWeightOnlyConfig"), torchao(32, bits=4)),
+    "torchao int8 asymmetric": Case(
+        torchao_config("Int8DynamicActivationIntxWeightConfig", weight_mapping_type={"_data": "ASYMMETRIC"}),
+        torchao(16, symmetric=False),
     ),
     "mlx 4": Case({"quantization": {"bits": 4, "group_size": 32}}, mlx(4, 32), floats=()),
     "mlx 8": Case({"quantization": {"bits": 8, "group_size": 16}}, mlx(8, 16)),

@@ -11,7 +11,7 @@ from quire.models.safetensors_file import read_header
 from quire.models.safetensors_weights import SafetensorsWeights
 from quire.models.stored.layers import StoredLayers
 from quire.quantization.stored import read_stored_weights
-from tests.models.stored.packers import awq_config, compressed
+from tests.models.stored.packers import awq_config, compressed, torchao_config
 
 FOLDER = Path(__file__).parents[2] / "data/stored"
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -30,6 +30,10 @@ VECTORS: dict[str, dict[str, Any]] = {
     "packed_4": packed(4),
     "packed_8": packed(8),
     "awq_gemm": awq_config(version="gemm"),
+    "torchao_int8": torchao_config("Int8WeightOnlyConfig"),
+    "torchao_int4": torchao_config("IntxWeightOnlyConfig"),
+    "torchao_zeros": torchao_config("IntxWeightOnlyConfig", mapping_type={"_data": "ASYMMETRIC"}),
+    "torchao_float8": torchao_config("Float8WeightOnlyConfig"),
     "fp8_block": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
 }
 

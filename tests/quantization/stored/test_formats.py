@@ -31,6 +31,10 @@ def read(values: object) -> Any:
     return read_stored_weights(PATH, {"quantization_config": values})
 
 
+def torchao(name: str, **data: Any) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": name, "_version": 2, "_data": data}}}
+
+
 def group(**changes: Any) -> dict[str, Any]:
     return {**COMPRESSED, "config_groups": {"group_0": {**GROUP, "weights": {**WEIGHTS, **changes}}}}
 
@@ -52,6 +56,7 @@ def group(**changes: Any) -> dict[str, Any]:
         (FP8, None, "a.b", ("fp8", 8, None)),
         (BNB, None, "a.b", ("bnb_4bit", 4, 64)),
         ({"load_in_8bit": True, "llm_int8_threshold": 6.0}, None, "a.b", ("bnb_8bit", 8, None)),
+        (torchao("FqnToConfig", fqn_to_config={"a": None}), None, "a.b", ("torchao", 8, None)),
     ],
     ids=str,
 )
@@ -86,7 +91,14 @@ def test_floats_and_what_a_family_reads_itself(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "torchao"}, 'quantization_config is "torchao"; supported: floats, gptq, awq, compressed-t'),
+        ({"quant_method": "quanto"}, 'quantization_config is "quanto"; supported: floats, gptq, awq, compressed-t'),
+        (torchao("Int4WeightOnlyConfig"), '_type is "Int4WeightOnlyConfig"; supported: Int8WeightOnlyConfig, Int8Dyn'),
+        (torchao("FqnToConfig", fqn_to_config={"a": {"_type": "UIntXWeightOnlyConfig"}}), "fqn_to_config.a._type is"),
+        (torchao("IntxWeightOnlyConfig", intx_packing_format={"_data": "OPAQUE"}), "supported: UNPACKED_TO_INT8"),
+        (torchao("IntxWeightOnlyConfig", mapping_type={"_data": 3}), "mapping_type._data is 3; supported: SYMMETRIC"),
+        ({"quant_method": "torchao"}, "quantization_config.quant_type is missing; supported: an object"),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, 'quant_type is "int4_weight_only"; supported'),
+        ({"quant_method": "torchao", "quant_type": {}}, "quant_type is {}; supported: an object with a config: Int8"),
         ({"bits": 4}, "quantization_config.quant_method is missing; supported: floats, gptq"),
         ({"quant_method": None}, "quantization_config.quant_method is missing; supported: floats, gptq"),
         ({"quant_method": ["gptq"]}, 'quantization_config.quant_method is ["gptq"]; supported'),
@@ -150,7 +162,11 @@ def test_refusals_of_mlx(bits: int, mode: str) -> None:
 ODD = [None, True, -1, 0, 3, 2**70, 1.5, float("nan"), "", "x" * 5000, [], [[]], {}, {"a": {}}, ["re:("]]
 
 
-@pytest.mark.parametrize("config", [GPTQ, AWQ, COMPRESSED, FP8, BNB], ids=lambda config: config["quant_method"])
+TORCHAO = torchao("ModuleFqnToConfig", module_fqn_to_config={"a": {"_type": "IntxWeightOnlyConfig", "_data": {}}})
+CONFIGS = (GPTQ, AWQ, COMPRESSED, FP8, BNB, TORCHAO)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["quant_method"])
 def test_any_config_is_read_or_refused(config: dict[str, Any]) -> None:
     """Values of other types anywhere end in a scheme or a refusal of one line."""
     chooser = random.Random(0)
@@ -171,4 +187,4 @@ def test_any_config_is_read_or_refused(config: dict[str, Any]) -> None:
 
 
 def test_every_format_has_a_case() -> None:
-    assert {config["quant_method"] for config in (GPTQ, AWQ, COMPRESSED, FP8, BNB)} == set(STORED_FORMATS)
+    assert {config["quant_method"] for config in CONFIGS} == set(STORED_FORMATS)

@@ -11,6 +11,8 @@ from tests.server.running_server import RunningServer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TIMEOUT_MS = 90_000
+PLAIN_HTTP = "delete Crypto.prototype.randomUUID; delete Navigator.prototype.clipboard"
+"""Removes what browsers offer on localhost and behind TLS alone: the page is also visited by an address."""
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,7 @@ def open_page(chromium: Any) -> Iterator[Any]:
     def open_page(server: RunningServer, view: str = "chat", *, may_log: bool = False, **options: Any) -> Any:
         context = chromium.new_context(viewport={"width": 1100, "height": 720}, **options)
         contexts.append(context)
+        context.add_init_script(PLAIN_HTTP)
         page = context.new_page()
         page.set_default_timeout(TIMEOUT_MS)
         page.on("pageerror", lambda error: errors.append(str(error)))

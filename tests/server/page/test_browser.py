@@ -25,6 +25,8 @@ from tests.server.scripted_engine import ANSWER, ScriptedEngine
 PROMPT = "What light through yonder window breaks? It is the east, and Juliet is the sun. Arise, fair sun."
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 MAX_PICTURE_BYTES = 100_000
+AXE = Path(__file__).parents[3] / ".venv/axe.min.js"
+"""axe-core, which `make test-page` fetches from npm. It is no part of the package."""
 
 
 @pytest.fixture
@@ -123,8 +125,13 @@ def test_stop_ends_an_answer_and_its_request(scripted: RunningServer, open_page:
     page.click("#stop")
     page.wait_for_selector("#send:not([disabled])")
     assert "stopped" in page.inner_text("article[aria-label=assistant] .facts")
+    ask(page, "Go on", wait=False)
+    until(page, lambda: len(answers(page)) == 2 and len(answers(page)[-1]) > 10)
+    page.press("#prompt", "Escape")
+    page.wait_for_selector("#send:not([disabled])")
+    assert "stopped" in page.locator("article[aria-label=assistant] .facts").last.inner_text()
     until(page, lambda: engine.num_running == 0)
-    assert engine.num_closed_early == 1
+    assert engine.num_closed_early == 2
 
 
 def test_edits_retries_and_answers_are_branches(scripted: RunningServer, open_page: Any) -> None:
@@ -220,6 +227,9 @@ def test_a_server_with_a_key_asks_for_it(open_page: Any) -> None:
     with RunningServer(ScriptedEngine(), ServerSettings(port=0, api_key=("secret",))) as server:
         page = open_page(server, may_log=True)
         page.wait_for_selector("#key", state="visible")
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        until(page, lambda: "does not know this API key" in page.inner_text("#banner"))
         page.fill("#key", "secret")
         page.press("#key", "Enter")
         page.wait_for_selector("#model option", state="attached")
@@ -260,6 +270,43 @@ def test_the_page_fits_a_phone_and_names_its_controls(scripted: RunningServer, o
         )
         assert unnamed == []
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(230, 227, 219)"
+
+
+def test_an_edit_is_seen_and_can_be_given_up(scripted: RunningServer, open_page: Any) -> None:
+    page = open_page(scripted)
+    until(page, lambda: "Enter sends it" in page.inner_text(".log"))
+    ask(page, "First")
+    assert page.locator(".welcome").count() == 0
+    page.click("article[aria-label=user] >> text=Edit")
+    assert page.is_visible(".editing")
+    assert page.input_value("#prompt") == "First"
+    page.press("#prompt", "Escape")
+    assert not page.is_visible(".editing")
+    ask(page, "Second")
+    assert len(answers(page)) == 2, "no branch"
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.click(".conversations [aria-label^=Delete]")
+    assert len(answers(page)) == 2
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click(".conversations [aria-label^=Delete]")
+    assert answers(page) == []
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="make test-page fetches axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(scripted: RunningServer, open_page: Any, scheme: str) -> None:
+    """axe-core's rules of WCAG and of good practice, on every view, wide and narrow."""
+    page = open_page(scripted, color_scheme=scheme)
+    set_parameters(page, n=2)
+    ask(page, "Hello")
+    for width in (1100, 360):
+        page.set_viewport_size({"width": width, "height": 640})
+        for view, ready in (("chat", "article"), ("memory", "figure"), ("learn", ".slots")):
+            page.goto(f"{scripted.url}/#{view}")
+            page.wait_for_selector(ready)
+            page.evaluate(AXE.read_text())
+            found = page.evaluate("async () => (await axe.run({resultTypes: ['violations']})).violations")
+            assert [(rule["help"], [node["html"] for node in rule["nodes"]]) for rule in found] == [], (view, width)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from quire.engine.detokenizer import Detokenizer
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
 from quire.server.tools.events import Event, Message, TextDelta, ToolCallBegin, ToolCallEnd
-from quire.server.tools.formats import THINKINGS, TOOL_FORMATS, Channels, Thinking, ToolFormat
+from quire.server.tools.format_types import Channels, Thinking, ToolFormat
+from quire.server.tools.formats import THINKINGS, TOOL_FORMATS
 from quire.server.tools.reader import ReadingOptions, ReplyFormat, ReplyReader
 from quire.server.tools.request import ToolUse, read_tools
 

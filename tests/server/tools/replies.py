@@ -279,4 +279,78 @@ REPLIES: list[tuple[str, str | None, str, tuple[str, str, list[tuple[str, str]]]
         f'[{{"name": "weather", "arguments": {PARIS}}}, {{"name": "now", "arguments": {{}}}}]',
         ("", "", TWO),
     ),
+    (
+        "dots",
+        None,
+        'Ok.\n<dots_function_call>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
+        '<parameter name="days">3</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</dots_function_call>',
+        ("Ok.", "", TWO),
+    ),
+    (
+        "deepseek_v41",
+        THINK,
+        '<think>x</think><｜DSML｜ calls>\n<｜DSML｜ invoke name="weather">\n'
+        '<｜DSML｜ parameter name="city" string="true">Paris</｜DSML｜ parameter>\n'
+        '<｜DSML｜ parameter name="days" string="false">3</｜DSML｜ parameter>\n</｜DSML｜ invoke>\n'
+        '<｜DSML｜ invoke name="now">\n</｜DSML｜ invoke>\n</｜DSML｜ calls>',
+        ("", "x", TWO),
+    ),
+    (
+        "step3",
+        THINK,
+        "Hm</think>Ok<｜tool_calls_begin｜>\n<｜tool_call_begin｜>function<｜tool_sep｜>"
+        '<steptml:invoke name="weather"><steptml:parameter name="city">Paris</steptml:parameter>'
+        '<steptml:parameter name="days">3</steptml:parameter></steptml:invoke><｜tool_call_end｜>\n'
+        '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="now"></steptml:invoke><｜tool_call_end｜>\n'
+        "<｜tool_calls_end｜>",
+        ("Hm</think>Ok", "", TWO),
+    ),
+    (
+        "hy_v3",
+        None,
+        "<tool_calls>\n<tool_call>weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now<tool_sep>\n</tool_call>\n"
+        "</tool_calls>",
+        ("", "", TWO),
+    ),
+    (
+        "hy_v4",
+        None,
+        "<tool_calls>\n<tool_call>weather<arg_key>city</arg_key><arg_value>Paris</arg_value><arg_key>days</arg_key>"
+        "<arg_value>3</arg_value></tool_call><tool_call>now</tool_call></tool_calls>",
+        ("", "", TWO),
+    ),
+    (
+        "jamba",
+        None,
+        f'<tool_calls>[\n    {{"name": "weather", "arguments": {PARIS}}},\n    {{"name": "now", "arguments": {{}}}}\n]'
+        "</tool_calls>",
+        ("", "", TWO),
+    ),
+    ("lfm2", None, 'Ok. <|tool_call_start|>[weather(city="Paris", days=3), now()]<|tool_call_end|>', ("Ok.", "", TWO)),
+    (
+        "longcat",
+        "longcat",
+        f'<longcat_think>\nx\n</longcat_think>\n<longcat_tool_call>\n{{"name": "weather", "arguments": {PARIS}}}\n'
+        '</longcat_tool_call>\n<longcat_tool_call>\n{"name": "now", "arguments": {}}\n</longcat_tool_call>',
+        ("", "x", TWO),
+    ),
+    (
+        "internlm",
+        None,
+        f'Ok.<|action_start|><|plugin|>\n{{"name": "weather", "parameters": {PARIS}}}<|action_end|>\n',
+        ("Ok.", "", [("weather", PARIS)]),
+    ),
+    (
+        "gigachat3",
+        None,
+        f'Ok.<|function_call|>{{"name": "weather", "arguments": {PARIS}}}',
+        ("Ok.", "", [("weather", PARIS)]),
+    ),
+    (
+        "gigachat3",
+        None,
+        f'function call<|role_sep|>\n{{"name": "weather", "arguments": {PARIS}}}',
+        ("", "", [("weather", PARIS)]),
+    ),
 ]

@@ -5,7 +5,8 @@ import pytest
 from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 from quire.server.tools.detect import find_format
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels, ToolFormat
+from quire.server.tools.format_types import Channels, ToolFormat
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS
 
 TEMPLATES = {
     "hermes": '<tool_call>\\n{"name": <function-name>}</tool_call>',
@@ -31,6 +32,16 @@ TEMPLATES = {
     "functiongemma": "<start_function_call>call:",
     "command_r": "<|START_THINKING|><|START_ACTION|>",
     "olmo3": "<function_calls>",
+    "dots": "<dots_function_call>",
+    "deepseek_v41": "<｜DSML｜ calls><｜DSML｜ invoke",
+    "step3": '<｜tool_sep｜><steptml:invoke name="',
+    "hy_v3": "<tool_calls><tool_call>' + name + '<tool_sep><arg_key>",
+    "hy_v4": "<tool_calls><tool_call>' + name + '<arg_key>",
+    "jamba": "<tool_calls>[",
+    "lfm2": "List of tools: <|tool_list_start|>[",
+    "longcat": "<longcat_tool_call>",
+    "internlm": "<|action_start|><|plugin|>",
+    "gigachat3": "<|function_call|>{",
     "seed_oss": "<seed:tool_call><seed:think></seed:think><function=f><parameter=p>",
 }
 

@@ -14,7 +14,8 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.grammar.compiler import GrammarCompiler
 from quire.server.tools.events import Message
-from quire.server.tools.formats import THINKINGS, TOOL_FORMATS, Channels, ToolFormat
+from quire.server.tools.format_types import Channels, ToolFormat
+from quire.server.tools.formats import THINKINGS, TOOL_FORMATS
 from quire.server.tools.grammar import constrain
 from quire.server.tools.reader import Opening, ReadingOptions, ReplyFormat, ReplyReader
 from quire.server.tools.request import ToolUse, read_tools

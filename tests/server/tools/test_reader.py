@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.server.tools.events import ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallBegin, ToolCallEnd
-from quire.server.tools.formats import TOOL_FORMATS, ToolFormat
+from quire.server.tools.format_types import ToolFormat
+from quire.server.tools.formats import TOOL_FORMATS
 from quire.server.tools.reader import Opening
 from tests.server.tools.reading import content, marked_tokenizer, message, read_pieces, read_tokens, reader, use
 from tests.server.tools.replies import PARIS, REPLIES

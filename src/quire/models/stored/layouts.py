@@ -14,6 +14,7 @@ from quire.models.stored.mlx import read_mlx
 from quire.models.stored.packed_int32 import read_mxfp4, read_nvfp4, read_packed_int32
 from quire.models.stored.scaled import read_bnb_8bit, read_mxfp8, read_scaled_float, read_scaled_int
 from quire.models.stored.tensors import LayerTensors
+from quire.models.stored.torchao import CODES, read_torchao
 from quire.quantization.stored import Scheme
 
 
@@ -44,5 +45,6 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "bnb_4bit": Layout(read_bnb_4bit),
         "bnb_8bit": Layout(read_bnb_8bit),
         "mlx": Layout(read_mlx),
+        "torchao": Layout(read_torchao, CODES),
     }
 )

@@ -17,7 +17,7 @@ from quire.model_config import read_json
 from quire.models.safetensors_file import Entry, read_header
 from quire.quantization.stored import KeptBits, Scheme, StoredWeights
 
-_CODES = ("qweight", "weight_packed", "weight")
+_CODES = ("qweight", "weight_packed", "weight", "_weight_qdata")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 _WIDENED = re.compile(r"kv_b_proj$|embed|\bwte$|\bwpe$")
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
@@ -113,14 +113,14 @@ class _LayerSize:
             return num_outputs * -(-num_inputs // scheme.group_of(num_inputs)) * 2
         if scheme.layout == "bnb_8bit":
             return codes.shape[0] * _BYTES_OF_FLOAT32
-        ends = ("scales", "weight_scale", "weight_scale_inv")
+        ends = ("scales", "weight_scale", "weight_scale_inv", "_weight_scale")
         entry = next((found for end in ends if (found := self._entries.get(f"{self._layer}.{end}"))), None)
         if entry is None or not codes.shape:
             return 0
         count, size = math.prod(entry.shape), _FLOATS.get(entry.dtype, 2)
         if scheme.layout == "nvfp4":
             size = _BYTES_OF_FLOAT32
-        elif scheme.layout.startswith(("fp8", "scaled")) and entry.shape[:1] != codes.shape[:1]:
+        elif scheme.layout.startswith(("fp8", "scaled", "torchao")) and entry.shape[:1] != codes.shape[:1]:
             # One for the tensor or for each tile; each output gets its own.
             columns = entry.shape[1] if scheme.block is not None and len(entry.shape) == 2 else 1
             count = codes.shape[0] * columns

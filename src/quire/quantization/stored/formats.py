@@ -14,6 +14,7 @@ from quire.quantization.stored.fp8 import read_fp8
 from quire.quantization.stored.gptq import read_gptq
 from quire.quantization.stored.mlx import read_mlx
 from quire.quantization.stored.scheme import StoredWeights
+from quire.quantization.stored.torchao import read_torchao
 
 STORED_FORMATS: Mapping[str, Callable[[Fields], StoredWeights]] = MappingProxyType(
     {
@@ -22,6 +23,7 @@ STORED_FORMATS: Mapping[str, Callable[[Fields], StoredWeights]] = MappingProxyTy
         "compressed-tensors": read_compressed_tensors,
         "fp8": read_fp8,
         "bitsandbytes": read_bitsandbytes,
+        "torchao": read_torchao,
     }
 )
 """What reads a format's config. Raises `CheckpointError` for what is not supported."""

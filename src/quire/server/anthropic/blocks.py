@@ -17,6 +17,8 @@ SENT_NAMES = {
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "user": "metadata.user_id",
+    "function.name": "name",
+    "function.parameters": "input_schema",
 }
 """Names of a chat's fields → where this endpoint's clients send them."""
 _BILLING = "x-anthropic-billing-header:"
@@ -24,12 +26,26 @@ _BILLING = "x-anthropic-billing-header:"
 _HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_", "mcp_")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _MAX_USER_CHARS = 256
+_NEEDED = {
+    "text": "text as a text",
+    "image": "source",
+    "thinking": "thinking as a text",
+    "tool_use": "id and name as texts, and input as an object",
+    "tool_result": "tool_use_id as a text",
+    "search_result": "content as a list of blocks",
+}
+"""Type of a block → what it needs."""
 
 
 def to_chat(request: PromptFields) -> ChatCompletionRequest:
     """The chat for `request`. Raises `RequestError` for blocks, tools and options that it does not know."""
     tools = [_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)]
     choice = _tool_choice(request.tool_choice)
+    if request.tool_choice is not None and not tools and choice not in ("auto", "none"):
+        raise RequestError(
+            f"tool_choice.type is {request.tool_choice.type!r} and there are no tools; give tools, or leave it out",
+            param="tool_choice",
+        )
     chat = ChatCompletionRequest(
         model=request.model,
         messages=[*_system(request.system), *(m for i, given in enumerate(request.messages) for m in _split(given, i))],
@@ -37,6 +53,9 @@ def to_chat(request: PromptFields) -> ChatCompletionRequest:
         tool_choice=choice if tools or choice != "auto" else None,  # auto is the default, which clients may spell out
         parallel_tool_calls=not (request.tool_choice and request.tool_choice.disable_parallel_tool_use),
     )
+    last = chat.messages[-1] if request.messages else None
+    if last is not None and last.role == "assistant" and last.content and not last.tool_calls:
+        chat.continue_final_message = True  # Anthropic's models go on with a text put into their mouth
     _set_options(chat, request)
     if isinstance(request, MessagesRequest):
         for name in ("max_tokens", "temperature", "top_p", "top_k", "stream"):
@@ -55,6 +74,10 @@ def _set_options(chat: ChatCompletionRequest, request: PromptFields) -> None:
             if thinking.type != "adaptive":
                 is_on = thinking.type == "enabled"
                 chat.chat_template_kwargs = {"enable_thinking": is_on, "thinking": is_on}
+            if thinking.budget_tokens is not None and thinking.budget_tokens < 1:
+                raise RequestError(
+                    f"thinking.budget_tokens is {thinking.budget_tokens}; it must be 1 or more", param="thinking"
+                )
             chat.thinking_token_budget = thinking.budget_tokens
         case thinking:
             raise RequestError(
@@ -64,8 +87,13 @@ def _set_options(chat: ChatCompletionRequest, request: PromptFields) -> None:
     if config is not None:
         chat.reasoning_effort = config.effort
         if config.format is not None:
-            schema = JsonSchema(config.format.schema, "output") if config.format.type == "json_schema" else None
-            chat.response_format = ResponseFormat(config.format.type, schema)
+            if config.format.type != "json_schema" or config.format.schema is None:
+                raise RequestError(
+                    f"output_config.format is of type {brief(config.format.type)}; it is of type json_schema and has a "
+                    "schema",
+                    param="output_config.format",
+                )
+            chat.response_format = ResponseFormat("json_schema", JsonSchema(config.format.schema, "output"))
 
 
 def _system(system: str | list[Block] | None) -> list[Message]:
@@ -100,6 +128,8 @@ def _split(message: InputMessage, index: int) -> list[Message]:
             case {"type": "thinking", "thinking": str(text)}:
                 turn.reasoning = (turn.reasoning or "") + text
             case {"type": "redacted_thinking"}:
+                pass
+            case {"type": str(kind)} if is_hosted_block(kind):
                 pass
             case _:
                 parts.append(_part(block, place))
@@ -142,18 +172,45 @@ def _part(block: object, place: str) -> Block:
 
 
 def _text(block: object, place: str) -> str:
+    param = place.partition("[")[0]
     match block:
-        case {"type": "text", "text": str(text)}:
+        case {"type": "text", "text": str(text)} | {"type": "compaction", "content": str(text)}:
             return text
         case {"type": "document", "source": {"type": "text", "data": str(text)}}:
             return text
+        case {"type": "document", "source": {"type": "content", "content": str() | list() as content}}:
+            return _texts(content, f"{place}.source.content")
+        case {"type": "search_result", "content": list(content), **fields}:
+            heads = [head for name in ("title", "source") if isinstance(head := fields.get(name), str)]
+            return "\n".join([*heads, _texts(content, f"{place}.content")])
+        case {"type": "document"}:
+            raise RequestError(f"{place} is a document whose source is no text; only texts are supported", param=param)
+        case {"type": str(kind)} if kind in _NEEDED:
+            raise RequestError(f"{place} is a block of type {kind!r} without {_NEEDED[kind]}", param=param)
         case {"type": str(kind)}:
             raise RequestError(
-                f"{place} is a block of type {kind!r}, or lacks a field of it; supported are text, image, thinking, "
-                "tool_use and tool_result",
-                param=place.partition("[")[0],
+                f"{place} is a block of type {kind!r}; supported are {', '.join(_NEEDED)} and document", param=param
             )
-    raise RequestError(f"{place} is {brief(block)}; a block is an object with a type", param=place.partition("[")[0])
+    raise RequestError(f"{place} is {brief(block)}; a block is an object with a type", param=param)
+
+
+def _texts(content: str | list[object], place: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(_text(block, f"{place}[{index}]") for index, block in enumerate(content))
+
+
+def is_hosted_block(kind: str) -> bool:
+    """Whether a block of this type is a call of a tool on Anthropic's servers, or its result."""
+    return kind.startswith(("server_tool_use", "mcp_tool_")) or kind.endswith("_tool_result")
+
+
+def hosted_types(request: PromptFields) -> list[str]:
+    """Types of the tools that run on Anthropic's servers, and of the blocks that tell of them."""
+    contents = [message.content for message in request.messages if isinstance(message.content, list)]
+    kinds = {block.get("type") for content in contents for block in content}
+    tools = {str(tool.type) for tool in request.tools or () if is_hosted(tool)}
+    return sorted(tools | {kind for kind in kinds if isinstance(kind, str) and is_hosted_block(kind)})
 
 
 def is_hosted(tool: Tool) -> bool:

@@ -1,8 +1,11 @@
 """/v1/messages and /v1/messages/count_tokens: Anthropic's chat."""
 
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
 from quire.errors import RequestError
 from quire.server.answers import Answer
-from quire.server.anthropic.blocks import SENT_NAMES, is_hosted, to_chat
+from quire.server.anthropic.blocks import SENT_NAMES, hosted_types, to_chat
 from quire.server.anthropic.protocol import (
     AnthropicMessage,
     CountRequest,
@@ -11,12 +14,16 @@ from quire.server.anthropic.protocol import (
     TokenCount,
 )
 from quire.server.anthropic.renderer import ERRORS, MessageRenderer
-from quire.server.chat_turn import ChatTurn, chat_prompt, chat_turn
+from quire.server.chat_turn import chat_prompt, chat_turn
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
 from quire.server.params import check_absent
+from quire.server.protocol import ChatCompletionRequest
+
+T = TypeVar("T")
 
 _REFUSED = ("mcp_servers", "container")
+_WISHES = ("thinking_token_budget", "continue_final_message")
 
 
 async def create_message(context: RequestContext) -> None:
@@ -24,27 +31,28 @@ async def create_message(context: RequestContext) -> None:
     context.check_generates()
     model = context.check_model(request.model)
     check_absent(request, _REFUSED)
-    if hosted := sorted({str(tool.type) for tool in request.tools or () if is_hosted(tool)}):
-        context.warn(f"tools of type {', '.join(hosted)} run on Anthropic's servers; they are left out")
-    turn = (await _turn(context, request)).named(SENT_NAMES)
+    if hosted := hosted_types(request):
+        context.warn(f"{', '.join(hosted)} run on Anthropic's servers; they are left out")
+    with naming(SENT_NAMES):
+        turn = await _granted(to_chat(request), lambda chat: chat_turn(context, chat, clips_output=True))
+    turn = turn.named(SENT_NAMES)
     message = AnthropicMessage(id=context.answer_id("msg_"), model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
     answer = Answer(turn.generation, renderer, reader=turn.reader)
     await answer.send(context, stream=bool(request.stream))
 
 
-async def _turn(context: RequestContext, request: MessagesRequest) -> ChatTurn:
-    """The turn of `request`. With thinking, Anthropic's clients must send a budget. A model that cannot keep one runs
-    without it."""
-    with naming(SENT_NAMES):
-        chat = to_chat(request)
+async def _granted(chat: ChatCompletionRequest, work: Callable[[ChatCompletionRequest], Awaitable[T]]) -> T:
+    """The result of `work` on `chat`. With thinking, Anthropic's clients must send a budget, and a text of the
+    assistant at the end is to be continued. A model that cannot do one or the other runs without it."""
+    for _ in _WISHES:
         try:
-            return await chat_turn(context, chat, clips_output=True)
+            return await work(chat)
         except RequestError as error:
-            if error.param != "thinking_token_budget":
+            if error.param not in _WISHES or getattr(chat, error.param) is None:
                 raise
-        chat.thinking_token_budget = None
-        return await chat_turn(context, chat, clips_output=True)
+            setattr(chat, error.param, None)
+    return await work(chat)
 
 
 async def count_tokens(context: RequestContext) -> None:
@@ -52,7 +60,7 @@ async def count_tokens(context: RequestContext) -> None:
     context.check_model(request.model)
     check_absent(request, _REFUSED)
     with naming(SENT_NAMES):
-        prompt = await chat_prompt(context, to_chat(request))
+        prompt = await _granted(to_chat(request), lambda chat: chat_prompt(context, chat))
     await context.reply(TokenCount(len(prompt.token_ids)))
 
 

@@ -17,7 +17,7 @@ class InputMessage(Struct):
 class Tool(Struct):
     """One function that the model may call."""
 
-    name: str
+    name: str = ""
     input_schema: dict[str, Any] | None = None
     description: str | None = None
     type: str | None = None

@@ -74,6 +74,7 @@ async def upload_file(service: BatchService, context: RequestContext) -> None:
         upload, purpose = form.get("file"), form.get("purpose")
         if not isinstance(upload, UploadFile):
             raise Refusal(400, "the form has no file in the field 'file'", code="missing_file", param="file")
+        context.warn(*(f"unknown field {name[:64]!a} is ignored" for name in sorted({*form} - {"file", "purpose"})[:8]))
         if purpose != "batch":
             raise Refusal(400, f"purpose is {purpose!r}; 'batch' is supported", code="invalid_purpose", param="purpose")
         size = await service.on_disk(_copy, upload.file, target)

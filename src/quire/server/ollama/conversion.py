@@ -94,9 +94,7 @@ def _message(message: OllamaMessage, index: int) -> Message:
     calls = [_call(call, f"call_{index}_{number}") for number, call in enumerate(message.tool_calls or ())]
     return Message(
         role=message.role,
-        content=with_images(message.content, message.images)
-        if message.content or message.images or not calls
-        else None,
+        content=with_images(message.content or "", message.images) or (None if calls else ""),
         name=message.tool_name or None,
         tool_calls=calls or None,
         tool_call_id=message.tool_call_id or None,

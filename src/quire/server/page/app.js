@@ -49,7 +49,7 @@ async function listModels() {
 
 document.addEventListener("key-needed", () => {
   byId("key-form").hidden = false;
-  showBanner("This server needs an API key.");
+  showBanner(getKey() ? "The server does not know this API key." : "This server needs an API key.");
 });
 byId("key").value = getKey();
 byId("key-form").addEventListener("submit", (event) => {

@@ -1,7 +1,7 @@
 // The chat: streams answers, keeps a tree of messages, and shows what each answer cost and shared.
 
 import { call, engineState, events } from "./api.js";
-import { Conversation } from "./conversation.js";
+import { Conversation, newId } from "./conversation.js";
 import { h, prose, say, short, showBanner } from "./dom.js";
 import { forkTree } from "./forks.js";
 import { parameterForm, requestFields } from "./parameters.js";
@@ -14,6 +14,8 @@ import {
   saveParameters,
 } from "./store.js";
 
+/** The name of the model that comes with the package. */
+const BUNDLED = "quire-bundled";
 const SILENCE_MS = 1200;
 const MAX_IMAGE_BYTES = 4_000_000;
 
@@ -32,7 +34,6 @@ export class Chat {
     this.image = "";
     this.build();
     this.showAbilities();
-    this.render();
   }
 
   /** Show the controls for images and tools only if the model takes them. */
@@ -41,6 +42,7 @@ export class Chat {
     this.attachLabel.hidden = !abilities.includes("vision");
     if (this.attachLabel.hidden) this.image = this.file.value = "";
     this.parameterForm.querySelector("[name=tools]").closest("label").hidden = !abilities.includes("tools");
+    this.render();
   }
 
   /** Called when the view is opened. */
@@ -75,6 +77,12 @@ export class Chat {
       onkeydown: (event) => this.key(event),
     });
     this.sendButton = h("button", { id: "send" }, "Send");
+    this.editNote = h(
+      "p",
+      { class: "hint editing", hidden: true },
+      "Editing an earlier message. Sending makes a new branch. ",
+      h("button", { class: "quiet", type: "button", onclick: () => this.edit(null) }, "Cancel"),
+    );
     this.stopButton = h(
       "button",
       { id: "stop", type: "button", hidden: true, onclick: () => this.running?.abort() },
@@ -89,6 +97,7 @@ export class Chat {
     const form = h(
       "form",
       { class: "compose", onsubmit: (event) => (event.preventDefault(), this.send()) },
+      this.editNote,
       this.input,
       h("div", { class: "row" }, this.attachLabel, this.stopButton, this.sendButton),
     );
@@ -100,8 +109,8 @@ export class Chat {
     this.root.append(
       h(
         "aside",
-        { "aria-label": "Conversations" },
-        h("button", { id: "new", onclick: () => this.select(new Conversation()) }, "New conversation"),
+        { role: "region", "aria-label": "Conversations" },
+        h("button", { id: "new", type: "button", onclick: () => this.select(new Conversation()) }, "New conversation"),
         this.list,
         h("details", { open: true }, h("summary", {}, "Forks of this conversation"), this.forks),
         h("details", {}, h("summary", {}, "Parameters"), this.parameterForm),
@@ -109,7 +118,7 @@ export class Chat {
           "div",
           { class: "row" },
           h("button", { onclick: () => this.export() }, "Export"),
-          h("label", { class: "button" }, "Import", open),
+          h("label", { class: "button" }, "Import", h("span", { class: "unseen" }, open)),
         ),
       ),
       h("div", { class: "talk" }, this.system, this.log, this.problem, form),
@@ -121,6 +130,7 @@ export class Chat {
       event.preventDefault();
       this.send();
     }
+    if (event.key === "Escape") this.editing ? this.edit(null) : this.running?.abort();
   }
 
   setSystem() {
@@ -181,7 +191,7 @@ export class Chat {
   /** Ask for n answers to a message and stream them side by side. */
   async answer(user, fields) {
     const conversation = this.current;
-    const request = crypto.randomUUID();
+    const request = newId();
     const nodes = Array.from({ length: fields.n ?? 1 }, () => conversation.add(user.id, "assistant", "", { request }));
     conversation.show(nodes[0]);
     const body = {
@@ -277,6 +287,7 @@ export class Chat {
     const running = Boolean(this.running);
     this.system.value = this.current.system;
     this.stopButton.hidden = !running;
+    this.editNote.hidden = !this.editing;
     this.sendButton.disabled = running;
     const last = this.current.path().at(-1);
     const [call] = last && !running ? this.current.openCalls(last) : [];
@@ -300,14 +311,32 @@ export class Chat {
       ),
     );
     this.views = new Map();
-    this.log.replaceChildren(...this.current.path().map((node) => this.row(node)));
+    const rows = this.current.path().map((node) => this.row(node));
+    this.log.replaceChildren(...(rows.length ? rows : [this.welcome()]));
     this.forks.replaceChildren(
       forkTree(this.current, this.blockSize, (node) => (this.current.show(node), this.render())),
     );
     this.log.scrollTop = this.log.scrollHeight;
   }
 
+  /** What an empty conversation says. */
+  welcome() {
+    const lines = ["Write a message below: Enter sends it, Shift and Enter begin a new line, Escape stops the answer."];
+    if (this.model() === BUNDLED)
+      lines.push(
+        "This small bundled model writes in the manner of Shakespeare and knows nothing else. " +
+          "For an assistant, start the server with: quire serve smollm2",
+      );
+    lines.push("Memory shows what your words occupy; Learn plays the idea behind it.");
+    return h(
+      "li",
+      { class: "welcome" },
+      lines.map((line) => h("p", {}, line)),
+    );
+  }
+
   remove(conversation) {
+    if (!confirm(`Delete “${conversation.title || "Untitled"}”?`)) return;
     this.conversations = this.conversations.filter((each) => each !== conversation);
     saveConversations(this.conversations);
     if (conversation === this.current) this.select(this.conversations[0] ?? new Conversation());
@@ -392,11 +421,13 @@ export class Chat {
     facts.textContent = describe(node, this.blockSize).join(" · ");
   }
 
+  /** Edit a message; null ends editing. */
   edit(node) {
     this.editing = node;
-    this.input.value = node.content;
+    this.editNote.hidden = !node;
+    this.input.value = node?.content ?? "";
     this.input.focus();
-    say("Editing. Sending makes a new branch.");
+    if (node) say("Editing. Sending makes a new branch.");
   }
 }
 

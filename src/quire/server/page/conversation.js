@@ -3,10 +3,14 @@
 
 const MAX_NODES = 2000;
 
+/** A new id. crypto.randomUUID exists only on localhost and behind TLS, and servers are also visited by their address. */
+export const newId = () =>
+  [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+
 /** Messages by id, and for each message the child that is shown. */
 export class Conversation {
   constructor(data = {}) {
-    this.id = data.id ?? crypto.randomUUID();
+    this.id = data.id ?? newId();
     this.title = data.title ?? "";
     this.system = data.system ?? "";
     this.changed = data.changed ?? Date.now();

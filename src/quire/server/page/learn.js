@@ -61,13 +61,13 @@ export class Learn {
         h("button", { id: "step", disabled: last, onclick: () => this.go(this.step + 1) }, "Next step"),
         h("span", { class: "hint" }, `Step ${this.step + 1} of ${frames.length}; the arrow keys work, too.`),
       ),
-      h("h3", {}, `The pool: blocks of ${size} tokens`),
+      h("h2", {}, `The pool: blocks of ${size} tokens`),
       h(
         "ol",
         { class: "slots" },
         frame.blocks.map((block, index) => slot(block, index, size, frame, before)),
       ),
-      h("h3", {}, "Block tables"),
+      h("h2", {}, "Block tables"),
       h(
         "ul",
         { class: "sequences" },

@@ -34,7 +34,7 @@ export class Memory {
         { class: "requests" },
         h(
           "table",
-          {},
+          { tabindex: 0 },
           h("caption", {}, "Requests"),
           h(
             "thead",

@@ -4,6 +4,8 @@ export const CACHED = 1;
 export const PINNED = 2;
 export const OTHERS = 65535;
 const MAX_POINTS = 300;
+/** Frames that a busy browser reads together say nothing about a rate. */
+const LEAST_MS = 100;
 
 /** Blocks, requests and the numbers over time. Knows nothing of the page. */
 export class Pool {
@@ -49,8 +51,9 @@ export class Pool {
 
   #addPoint(frame, now) {
     const before = this.stats?.total_steps <= frame.stats.total_steps ? this.last : null;
-    const point = before ? between(before, frame, now) : { at: now };
     this.stats = frame.stats;
+    if (before && now - before.at < LEAST_MS) return;
+    const point = before ? between(before, frame, now) : { at: now };
     this.last = { stats: frame.stats, latencies: frame.latencies, at: now };
     this.points.push(point);
     if (this.points.length > MAX_POINTS) this.points.shift();
@@ -77,7 +80,7 @@ export class Pool {
 /** Rates and levels between two frames. */
 function between(before, frame, now) {
   const { stats } = frame;
-  const seconds = Math.max(0.001, (now - before.at) / 1000);
+  const seconds = (now - before.at) / 1000;
   const gained = (name) => stats[name] - before.stats[name];
   const steps = gained("total_steps");
   const mean = (name) => {

@@ -11,15 +11,25 @@ from msgspec.structs import replace
 from quire.errors import RequestError
 from quire.server.answers import Answer, sse
 from quire.server.backend import Engine
-from quire.server.chat_turn import ChatTurn, fitting_turn
+from quire.server.chat_turn import ChatTurn, chat_prompt, fitting_turn
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, naming
 from quire.server.logprobs import LogprobFormat
 from quire.server.params import check_absent
+from quire.server.protocol import ChatCompletionRequest
 from quire.server.query import read_ascending, read_whole_number
-from quire.server.responses.items import SENT_NAMES, WITH_LOGPROBS, input_items, is_hosted, to_chat
+from quire.server.responses.items import (
+    SENT_NAMES,
+    WITH_LOGPROBS,
+    Item,
+    input_items,
+    is_hosted,
+    is_reference,
+    to_chat,
+)
 from quire.server.responses.protocol import (
     DeletedResponse,
+    InputTokens,
     ItemList,
     Reasoning,
     ResponseObject,
@@ -32,10 +42,12 @@ from quire.server.responses.runs import Run
 from quire.server.responses.store import StoredResponse
 from quire.server.store_faults import RetryPause, StoreFailedError
 from quire.server.streaming import StreamForm
+from quire.server.tools.request import check_count
 
 T = TypeVar("T")
 Save = Callable[[ResponseObject], Awaitable[None]]
 
+_REFUSED = ("conversation", "prompt", "context_management", "moderation")
 _RUNNING = ("queued", "in_progress")
 _MAX_PAGE = 100
 _ATTEMPTS = 6
@@ -48,16 +60,12 @@ async def create_response(context: RequestContext) -> None:
     request = await context.read(ResponsesRequest)
     context.check_generates()
     model = context.check_model(request.model)
-    check_absent(request, ("conversation", "prompt", "context_management", "moderation"))
+    check_absent(request, _REFUSED)
     if request.background and request.store is False:
         raise RequestError("background needs store to be true: the reply is the stored response", param="background")
-    if hosted := sorted({str(tool["type"]) for tool in request.tools or () if is_hosted(tool)}):
-        context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; they are left out")
     store, account = context.services.responses, context.client.account
-    items = await _apart(input_items, request.input)
-    history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
+    items, chat = await _read(context, request)
     with naming(SENT_NAMES):
-        chat = await _apart(partial(to_chat, request), [*history, *items])
         turn = (await fitting_turn(context, chat, truncates=request.truncation == "auto")).named(SENT_NAMES)
     renderer = ResponseRenderer(_blank(context, request, model, turn), _logprobs(context, request))
     answer = Answer(turn.generation, renderer, reader=turn.reader)
@@ -82,6 +90,35 @@ async def create_response(context: RequestContext) -> None:
         await context.stream(events, answer.stream_form(marked=context.handover is not None))
     else:
         await context.reply_when_done(_whole(context.engine, answer, save))
+
+
+async def count_tokens(context: RequestContext) -> None:
+    """The tokens of the prompt that a response would answer."""
+    request = await context.read(ResponsesRequest)
+    context.check_model(request.model)
+    check_absent(request, _REFUSED)
+    _, chat = await _read(context, request)
+    with naming(SENT_NAMES):
+        prompt = await chat_prompt(context, chat)
+    await context.reply(InputTokens(len(prompt.token_ids)))
+
+
+async def _read(context: RequestContext, request: ResponsesRequest) -> tuple[list[Item], ChatCompletionRequest]:
+    """The items of the request itself, and the chat that continues its conversation with them."""
+    check_count(request.tools or ())
+    store, account = context.services.responses, context.client.account
+    given = request.input
+    if isinstance(given, list) and any(map(is_reference, given)):
+        named = await store.find_items(account, [item["id"] for item in given if is_reference(item)])
+        found = iter(named)
+        given = [next(found) if is_reference(item) else item for item in given]
+    items: list[Item] = await _apart(input_items, given)
+    hosted = {str(each["type"]) for each in (*(request.tools or ()), *items) if is_hosted(each)}
+    if hosted:
+        context.warn(f"{', '.join(sorted(hosted))} run on OpenAI's servers; they are left out")
+    history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
+    with naming(SENT_NAMES):
+        return items, await _apart(partial(to_chat, request), [*history, *items])
 
 
 async def _apart(work: Callable[[Any], T], given: Any) -> T:
@@ -278,6 +315,7 @@ ENDPOINTS = (
         streams=True,
         queues=True,
     ),
+    Endpoint("POST", "/v1/responses/input_tokens", count_tokens, "Tokens of a prompt", ResponsesRequest, InputTokens),
     Endpoint(
         "GET", "/v1/responses/{response_id}", get_response, "A stored response", reply=ResponseObject, streams=True
     ),

@@ -10,7 +10,6 @@ from quire.errors import RequestError
 from quire.server.protocol import ChatCompletionRequest, JsonSchema, Message, ResponseFormat
 from quire.server.responses.namespaces import flat_tools, joined
 from quire.server.responses.protocol import ResponsesRequest, SamplingFields, TextFormat
-from quire.server.tools.request import check_count
 
 Item = dict[str, Any]
 
@@ -20,11 +19,21 @@ SENT_NAMES = {
     "messages": "input",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+    "json_schema.name": "text.format.name",
+    "json_schema.schema": "text.format.schema",
+    "function.name": "name",
+    "function.parameters": "parameters",
 }
 """Names of a chat's fields → where this endpoint's clients send them."""
 WITH_LOGPROBS = "message.output_text.logprobs"
 _HOSTED = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp", "tool_search")
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
+_NEEDED = {
+    "message": ("role",),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id",),
+}
+"""Type of an item → its fields that are texts."""
 _ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
@@ -33,9 +42,7 @@ def to_chat(request: ResponsesRequest, history: Iterable[Item]) -> ChatCompletio
     system = [Message(role="system", content=request.instructions)] if request.instructions else []
     passed_on = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
     with_logprobs = bool(request.top_logprobs) or WITH_LOGPROBS in (request.include or ())
-    given = list(flat_tools(request.tools or ()))
-    check_count(given)
-    tools = [_tool(tool, place) for place, tool in given if not is_hosted(tool)]
+    tools = [_tool(tool, place) for place, tool in flat_tools(request.tools or ()) if not is_hosted(tool)]
     choice = _tool_choice(request.tool_choice)
     return ChatCompletionRequest(
         model=request.model,
@@ -94,15 +101,12 @@ def to_messages(items: Iterable[Item]) -> list[Message]:
                 turn = _new_turn(messages)
                 turn.reasoning = _text(parts, f"input[{index}].content") or None
             case {"type": "message" | "function_call" | "function_call_output" as kind}:
-                raise RequestError(
-                    f"input[{index}] lacks a field of a {kind}: a message has role and content, a call has call_id, "
-                    "name and arguments, an output has call_id and output",
-                    param="input",
-                )
-            case _:
+                lacking = [name for name in _NEEDED[kind] if not isinstance(item.get(name), str)]
+                raise RequestError(f"input[{index}] is a {kind} without {' and '.join(lacking)} as text", param="input")
+            case _ if not is_hosted(item):
                 raise RequestError(
                     f"input[{index}] is an item of type {brief(item.get('type'))}; supported are message, "
-                    "function_call, function_call_output and reasoning",
+                    "function_call, function_call_output, reasoning and item_reference",
                     param="input",
                 )
     return [message for message in messages if _says_something(message)]
@@ -142,6 +146,8 @@ def _text(content: object, place: str) -> str:
         match part:
             case {"type": kind} if kind in _TEXT_PARTS and isinstance(text := part.get("text", part.get(kind)), str):
                 texts.append(text)
+            case {"type": kind} if kind in _TEXT_PARTS:
+                raise RequestError(f"{place} has a part of type {kind!r} without a text", param="input")
             case {"type": kind}:
                 raise RequestError(
                     f"{place} has a part of type {brief(kind)}; only text and input_image are supported",
@@ -152,8 +158,15 @@ def _text(content: object, place: str) -> str:
     return "\n".join(texts)
 
 
+def is_reference(item: Item) -> bool:
+    """Whether `item` stands for one of an earlier response. Its type may be left out."""
+    kind = item.get("type", "item_reference")
+    return kind in ("item_reference", None) and isinstance(item.get("id"), str) and "role" not in item
+
+
 def is_hosted(tool: Mapping[str, Any]) -> bool:
-    """Whether `tool` runs on OpenAI's servers. Clients send such tools by default, so none is refused."""
+    """Whether `tool`, or the call in an item, runs on OpenAI's servers. Clients send such tools by default, so none is
+    refused."""
     kind = tool.get("type")
     return isinstance(kind, str) and kind.startswith(_HOSTED)
 

@@ -176,6 +176,13 @@ class DeletedResponse(Struct):
     deleted: bool = True
 
 
+class InputTokens(Struct):
+    """Reply of /v1/responses/input_tokens."""
+
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 class ItemList(Struct):
     """A page of input items."""
 

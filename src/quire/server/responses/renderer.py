@@ -24,6 +24,7 @@ from quire.server.responses.protocol import (
     ResponseObject,
     ResponseUsage,
 )
+from quire.server.responses.store import item_id_of
 from quire.server.tools.events import TextDelta
 
 Json = dict[str, Any]
@@ -188,9 +189,7 @@ class ResponseRenderer(Renderer):
 
     def _id(self, part: Part) -> str:
         while len(self._ids) <= part.index:
-            # Another server that goes on with the response names its items alike.
-            own = self.response.id.removeprefix("resp_")[:24]
-            self._ids.append(f"{_ID_PREFIXES[part.kind]}_{own}{len(self._ids):08x}")
+            self._ids.append(item_id_of(self.response.id, _ID_PREFIXES[part.kind], len(self._ids)))
         return self._ids[part.index]
 
     def _entries(self, delta: CompletionOutput) -> list[Json]:

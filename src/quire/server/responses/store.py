@@ -27,6 +27,8 @@ logger = logging.getLogger("quire.server")
 T = TypeVar("T")
 Item = dict[str, Any]
 
+_SHARED_CHARS = 24
+"""Characters of a response's id that are also in the ids of its items."""
 MAX_CHAIN = 1000
 """Most responses in one conversation."""
 _TABLE = """
@@ -39,6 +41,17 @@ CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created);
 _encode = msgspec.json.encode
 _decode_response = msgspec.json.Decoder(ResponseObject).decode
 _decode_items = msgspec.json.Decoder(list[dict[str, Any]]).decode
+
+
+def item_id_of(response_id: str, prefix: str, index: int) -> str:
+    """The id of a response's item number `index`. Another server that goes on with the response names it alike."""
+    return f"{prefix}_{response_id.removeprefix('resp_')[:_SHARED_CHARS]}{index:08x}"
+
+
+def response_id_of(item_id: str) -> str | None:
+    """How the id of the response begins that made the item of this id; None for an id of another form."""
+    _, _, shared = item_id.partition("_")
+    return f"resp_{shared[:_SHARED_CHARS]}" if len(shared) == _SHARED_CHARS + 8 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,11 @@ class ResponseStore:
     async def delete(self, account: str, response_id: str) -> bool:
         """Remove the response of this id. Returns whether `account` had one."""
         return await self._run(lambda: self._delete("id = ? AND account = ?", (response_id, account)) > 0)
+
+    async def find_items(self, account: str, item_ids: Sequence[str]) -> list[Item]:
+        """The items of these ids in the output of the account's responses. Raises `RequestError` for an id that none
+        has, and for items of more than `MAX_CHAIN` responses."""
+        return await self._run(lambda: self._find_items(account, item_ids))
 
     async def history(self, account: str, response_id: str) -> list[Item]:
         """The items of the conversation up to and with this response, oldest first.
@@ -127,6 +145,25 @@ class ResponseStore:
         query = "SELECT body, items FROM responses WHERE id = ? AND account = ?"
         row = self._database.execute(query, (response_id, account)).fetchone()
         return StoredResponse(_decode_response(row[0]), _decode_items(row[1])) if row is not None else None
+
+    def _find_items(self, account: str, item_ids: Sequence[str]) -> list[Item]:
+        begins = dict.fromkeys(begin for item_id in item_ids if (begin := response_id_of(item_id)) is not None)
+        if len(begins) > MAX_CHAIN:
+            raise RequestError(f"input refers to items of more than {MAX_CHAIN} responses", param="input")
+        found: dict[str, Item] = {}
+        query = "SELECT body FROM responses WHERE id >= ? AND id < ? AND account = ?"
+        for begin in begins:
+            for (body,) in self._database.execute(query, (begin, begin + "~", account)):
+                found |= {item["id"]: item for item in _decode_response(body).output}
+        for item_id in item_ids:
+            if item_id not in found:
+                raise RequestError(
+                    f"input refers to the item {item_id[:100]!r}, which is in no response that is kept here; send the "
+                    "item itself",
+                    param="input",
+                    code="item_not_found",
+                )
+        return [found[item_id] for item_id in item_ids]
 
     def _history(self, account: str, response_id: str) -> list[Item]:
         turns: list[StoredResponse] = []

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quire.server.tools.arguments import as_json, json_types, property_schema, resolve, spelled_value
-from quire.server.tools.formats import BracedBody, ToolFormat
+from quire.server.tools.format_types import BracedBody, ToolFormat
 from quire.server.tools.scanner import MAX_HEADER_CHARS, Scan, Scanner
 from quire.server.tools.sink import NotACallError, Sink
 

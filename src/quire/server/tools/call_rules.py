@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.grammar.json_schema import WHITESPACE, prepared
 from quire.server.tools.arguments import is_text, json_types, property_schema, resolve
-from quire.server.tools.formats import BracedBody, HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
+from quire.server.tools.format_types import BracedBody, HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
 from quire.server.tools.marks import Marks
 from quire.server.tools.request import Tool, ToolUse
 

@@ -5,7 +5,7 @@ begun.
 """
 
 from quire.server.tools.braced_call import read_braced_call
-from quire.server.tools.formats import BracedBody, HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
+from quire.server.tools.format_types import BracedBody, HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
 from quire.server.tools.header_call import read_header_call
 from quire.server.tools.json_calls import read_json_calls
 from quire.server.tools.python_calls import read_python_calls

@@ -3,7 +3,7 @@
 import re
 from typing import Protocol
 
-from quire.server.tools.formats import Channels
+from quire.server.tools.format_types import Channels
 from quire.server.tools.output import Output
 from quire.server.tools.scanner import MAX_HEADER_CHARS, Scan, Scanner
 from quire.server.tools.sink import NotACallError

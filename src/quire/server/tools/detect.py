@@ -6,7 +6,8 @@ from typing import Protocol, TypeVar
 
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels, Thinking
+from quire.server.tools.format_types import Channels, Thinking
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS
 from quire.server.tools.reader import ReplyFormat
 from quire.server.tools.response_template import texts_in, thinking_of, tools_of
 

@@ -1,139 +1,26 @@
 """The table of formats: how each model family writes tool calls and reasoning. A format is data.
 
-Marks are written as the model's template writes them, white space included. A reader takes that white space as
-optional; a grammar writes it. A mark that is a token of the vocabulary is matched by its id (see `marks`). A further
-family is one row.
+A further family is one row; `format_types` says what the fields mean.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JsonBody:
-    """One JSON object with name and arguments, or one list of such objects for all calls."""
-
-    name_key: str = "name"
-    arguments_key: str = "arguments"
-    id_key: str = ""
-    listed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeaderBody:
-    """The name, `middle`, then the arguments as JSON."""
-
-    middle: str
-    header: str = "{name}"
-    """How the name is written: text, {name}, and {index} for the number of the call."""
-    id_mark: str = ""
-    """Stands before the call's id, if the model writes one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TagBody:
-    """The name, then each argument between tags of its own: texts as they are, other values as JSON."""
-
-    name_open: str
-    name_close: str
-    key_open: str
-    key_close: str
-    """A key that ends with a quote may be followed by attributes, up to the end of the tag."""
-    value_close: str
-    """May hold {key}, the argument's name."""
-    end: str
-    prefix: str = ""
-    """Stands before every tag, and nowhere else. Objects and lists are then tags within tags: the name of a member or
-    of an item is the tag's."""
-
-    @property
-    def strips_newlines(self) -> bool:
-        """A newline on each side of a value belongs to the tags."""
-        return self.value_close.startswith("\n")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PythonBody:
-    """Calls as Python writes them: `[f(a=1), g(b="x")]`, or one a line."""
-
-    bracketed: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BracedBody:
-    """`head`, the name, and an object in braces: names of members as they are, texts between quotes of their own.
-
-    A text knows no escapes. JSON is read too, and a grammar writes objects and lists within the arguments as JSON.
-    """
-
-    head: str
-    quote: str
-
-
-Body = JsonBody | HeaderBody | TagBody | PythonBody | BracedBody
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolFormat:
-    """How one family writes tool calls."""
-
-    names: tuple[str, ...]
-    """Names for --tool-call-parser, vLLM's among them."""
-    body: Body
-    section: tuple[str, str] = ("", "")
-    """Marks around all calls of a reply."""
-    call: tuple[str, str] = ("", "")
-    """Marks around each call."""
-    between: str = ""
-    """What a grammar writes between two calls."""
-    separators: str = ""
-    """Characters that may stand between two calls."""
-    also_opens: tuple[str, ...] = ()
-    """Marks that begin the calls where the model leaves out the first mark."""
-    bare: bool = False
-    """A reply may begin with a call without any mark. Its name must be that of a tool."""
-    id_style: str = "call"
-    """call: call_ and 24 hexadecimal digits; nine: 9 letters or digits, as Mistral's templates demand; header: what
-    the model wrote as the header."""
-    in_template: tuple[tuple[str, ...], ...] = ()
-    """The row belongs to a chat template that holds all texts of one of these groups."""
-
-    @property
-    def openers(self) -> tuple[str, ...]:
-        """Marks that begin a call or all calls."""
-        return tuple(dict.fromkeys(mark for mark in (self.section[0], self.call[0], *self.also_opens) if mark))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Channels:
-    """gpt-oss (harmony): every part of a reply is a message with a channel, and a call is a message to a function."""
-
-    names: tuple[str, ...]
-    start: str = "<|start|>"
-    channel: str = "<|channel|>"
-    constrain: str = "<|constrain|>"
-    message: str = "<|message|>"
-    end: str = "<|end|>"
-    final_end: str = "<|return|>"
-    call_end: str = "<|call|>"
-    in_template: tuple[tuple[str, ...], ...] = (("<|channel|>", "<|message|>"),)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thinking:
-    """How one family marks its reasoning."""
-
-    names: tuple[str, ...]
-    """Names for --reasoning-parser, vLLM's among them."""
-    open: str
-    close: str
-    in_template: tuple[tuple[str, ...], ...] = ()
-
+from quire.server.tools.format_types import (
+    BracedBody,
+    Channels,
+    HeaderBody,
+    JsonBody,
+    PythonBody,
+    TagBody,
+    Thinking,
+    ToolFormat,
+)
 
 _DSML = "｜DSML｜"
 _MINIMAX = "]<]minimax[>["
 
 PLAIN_JSON = ToolFormat(
-    names=("json",),
+    names=("json", "xlam"),
     body=JsonBody(listed=True),
     bare=True,
 )
@@ -155,8 +42,40 @@ _DEEPSEEK_V32 = ToolFormat(
     in_template=((_DSML,),),
 )
 
+_INVOKE = TagBody(
+    name_open='<invoke name="',
+    name_close='">\n',
+    key_open='<parameter name="',
+    key_close='">',
+    value_close="</parameter>\n",
+    end="</invoke>",
+)
+_ARG_KEYS = TagBody(
+    name_open="",
+    name_close="\n",
+    key_open="<arg_key>",
+    key_close="</arg_key>\n<arg_value>",
+    value_close="</arg_value>\n",
+    end="",
+)
+
 TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
     Channels(names=("openai", "harmony", "gpt_oss")),
+    ToolFormat(
+        names=("deepseek_v41",),
+        section=(f"<{_DSML} calls>\n", f"\n</{_DSML} calls>"),
+        also_opens=(f"<{_DSML} invoke",),
+        body=TagBody(
+            name_open=f'<{_DSML} invoke name="',
+            name_close='">\n',
+            key_open=f'<{_DSML} parameter name="',
+            key_close='" string="{is_text}">',
+            value_close=f"</{_DSML} parameter>\n",
+            end=f"</{_DSML} invoke>",
+        ),
+        between="\n",
+        in_template=((f"{_DSML} calls",),),
+    ),
     replace(
         _DEEPSEEK_V32,
         names=("deepseek_v4",),
@@ -206,14 +125,7 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
     ToolFormat(
         names=("minimax_m2", "minimax"),
         section=("<minimax:tool_call>\n", "\n</minimax:tool_call>"),
-        body=TagBody(
-            name_open='<invoke name="',
-            name_close='">\n',
-            key_open='<parameter name="',
-            key_close='">',
-            value_close="</parameter>\n",
-            end="</invoke>",
-        ),
+        body=_INVOKE,
         between="\n",
         also_opens=('<invoke name="',),
         in_template=(("<minimax:tool_call>",),),
@@ -231,16 +143,53 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
         in_template=(("<start_function_call>",),),
     ),
     ToolFormat(
-        names=("glm45", "glm47", "glm4_moe"),
-        call=("<tool_call>", "</tool_call>"),
+        names=("dots",),
+        section=("<dots_function_call>\n", "\n</dots_function_call>"),
+        body=_INVOKE,
+        between="\n",
+        in_template=(("<dots_function_call>",),),
+    ),
+    ToolFormat(
+        names=("step3",),
+        section=("<｜tool_calls_begin｜>\n", "\n<｜tool_calls_end｜>"),
+        call=("<｜tool_call_begin｜>function<｜tool_sep｜>", "<｜tool_call_end｜>"),
         body=TagBody(
-            name_open="",
-            name_close="\n",
-            key_open="<arg_key>",
-            key_close="</arg_key>\n<arg_value>",
-            value_close="</arg_value>\n",
-            end="",
+            name_open='<steptml:invoke name="',
+            name_close='">',
+            key_open='<steptml:parameter name="',
+            key_close='">',
+            value_close="</steptml:parameter>",
+            end="</steptml:invoke>",
         ),
+        between="\n",
+        in_template=(("<steptml:invoke",),),
+    ),
+    ToolFormat(
+        names=("hy_v3",),
+        section=("<tool_calls>\n", "\n</tool_calls>"),
+        call=("<tool_call>", "</tool_call>"),
+        body=replace(_ARG_KEYS, name_close="<tool_sep>\n"),
+        between="\n",
+        in_template=(("<tool_sep>",),),
+    ),
+    ToolFormat(
+        names=("hy_v4",),
+        section=("<tool_calls>\n", "\n</tool_calls>"),
+        call=("<tool_call>", "</tool_call>"),
+        body=_ARG_KEYS,
+        between="\n",
+        in_template=(("<tool_calls>", "<arg_key>"),),
+    ),
+    ToolFormat(
+        names=("jamba", "hunyuan_a13b"),
+        section=("<tool_calls>", "</tool_calls>"),
+        body=JsonBody(listed=True),
+        in_template=(("<tool_calls>",),),
+    ),
+    ToolFormat(
+        names=("glm45", "glm47", "glm4_moe", "ling3", "poolside_v1"),
+        call=("<tool_call>", "</tool_call>"),
+        body=_ARG_KEYS,
         between="\n",
         in_template=(("<arg_key>",),),
     ),
@@ -275,7 +224,7 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
         in_template=(("<function=", "<parameter="),),
     ),
     ToolFormat(
-        names=("cohere_command3", "command_r", "cohere"),
+        names=("cohere_command3", "cohere_command4", "command_r", "cohere"),
         section=("<|START_ACTION|>", "<|END_ACTION|>"),
         body=JsonBody(name_key="tool_name", arguments_key="parameters", id_key="tool_call_id", listed=True),
         in_template=(("<|START_ACTION|>",),),
@@ -315,6 +264,33 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
         in_template=(("<|python_start|>",),),
     ),
     ToolFormat(
+        names=("lfm2",),
+        section=("<|tool_call_start|>", "<|tool_call_end|>"),
+        body=PythonBody(),
+        in_template=(("<|tool_call_start|>",), ("<|tool_list_start|>",)),
+    ),
+    ToolFormat(
+        names=("longcat",),
+        call=("<longcat_tool_call>\n", "\n</longcat_tool_call>"),
+        body=JsonBody(),
+        between="\n",
+        in_template=(("<longcat_tool_call>",),),
+    ),
+    ToolFormat(
+        names=("internlm",),
+        call=("<|action_start|><|plugin|>\n", "\n<|action_end|>"),
+        body=JsonBody(arguments_key="parameters"),
+        between="\n",
+        in_template=(("<|plugin|>",),),
+    ),
+    ToolFormat(
+        names=("gigachat3",),
+        call=("<|function_call|>", ""),
+        also_opens=("function call<|role_sep|>\n",),
+        body=JsonBody(),
+        in_template=(("<|function_call|>",), ("function call<|role_sep|>",)),
+    ),
+    ToolFormat(
         names=("olmo3",),
         section=("<function_calls>\n", "\n</function_calls>"),
         body=PythonBody(bracketed=False),
@@ -328,7 +304,7 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
         in_template=(("[func_name1(",), ("func_name(params_name",)),
     ),
     ToolFormat(
-        names=("hermes", "qwen", "qwen2_5", "qwen3", "granite4"),
+        names=("hermes", "qwen", "qwen2_5", "qwen3", "qwen3_json", "granite4", "ernie45"),
         call=("<tool_call>\n", "\n</tool_call>"),
         body=JsonBody(),
         between="\n",
@@ -349,6 +325,9 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
 
 THINKINGS: tuple[Thinking, ...] = (
     Thinking(names=("seed_oss",), open="<seed:think>", close="</seed:think>", in_template=(("</seed:think>",),)),
+    Thinking(
+        names=("longcat",), open="<longcat_think>\n", close="\n</longcat_think>\n", in_template=(("<longcat_think>",),)
+    ),
     Thinking(names=("minimax_m3",), open="<mm:think>", close="</mm:think>", in_template=(("</mm:think>",),)),
     Thinking(
         names=("gemma4",),
@@ -358,7 +337,7 @@ THINKINGS: tuple[Thinking, ...] = (
     ),
     Thinking(names=("mistral", "magistral"), open="[THINK]", close="[/THINK]", in_template=(("[THINK]",),)),
     Thinking(
-        names=("cohere_command3", "command_r", "cohere"),
+        names=("cohere_command3", "cohere_command4", "command_r", "cohere"),
         open="<|START_THINKING|>",
         close="<|END_THINKING|>",
         in_template=(("<|START_THINKING|>",),),
@@ -373,6 +352,7 @@ THINKINGS: tuple[Thinking, ...] = (
         names=(
             *("deepseek_r1", "deepseek_v3", "qwen3", "qwen3_5", "glm45", "kimi_k2", "minimax_m2", "minimax", "step3"),
             *("step3p5", "olmo3", "ernie45", "hunyuan_a13b", "nemotron_v3", "mimo", "think"),
+            *("hy_v3", "holo2", "ling3", "minicpmv", "poolside_v1"),
         ),
         open="<think>",
         close="</think>",

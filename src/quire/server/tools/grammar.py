@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from quire.errors import RequestError
 from quire.server.tools.call_rules import CallRules, Rules
-from quire.server.tools.formats import Channels, Thinking, ToolFormat
+from quire.server.tools.format_types import Channels, Thinking, ToolFormat
 from quire.server.tools.reader import Opening, ReplyFormat
 from quire.server.tools.request import ToolUse
 from quire.structured_outputs import StructuredOutputsParams

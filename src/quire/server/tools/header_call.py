@@ -2,7 +2,7 @@
 
 import re
 
-from quire.server.tools.formats import HeaderBody, ToolFormat
+from quire.server.tools.format_types import HeaderBody, ToolFormat
 from quire.server.tools.scanner import MAX_HEADER_CHARS, Scan, Scanner
 from quire.server.tools.sink import NotACallError, Sink
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from quire.server.tools.formats import JsonBody
+from quire.server.tools.format_types import JsonBody
 from quire.server.tools.scanner import Scan, Scanner
 from quire.server.tools.sink import NotACallError, Sink
 

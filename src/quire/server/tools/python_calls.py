@@ -3,7 +3,7 @@
 import re
 
 from quire.server.tools.arguments import as_json, python_value
-from quire.server.tools.formats import PythonBody
+from quire.server.tools.format_types import PythonBody
 from quire.server.tools.scanner import Scan, Scanner
 from quire.server.tools.sink import NotACallError, Sink
 

@@ -9,7 +9,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.server.tools.calls import read_calls
 from quire.server.tools.channels import read_channels
 from quire.server.tools.events import Event
-from quire.server.tools.formats import Channels, Thinking, ToolFormat
+from quire.server.tools.format_types import Channels, Thinking, ToolFormat
 from quire.server.tools.marks import Marks, TokenFinder
 from quire.server.tools.output import Output
 from quire.server.tools.request import ToolUse

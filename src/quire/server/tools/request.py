@@ -64,9 +64,13 @@ def read_tools(tools: Sequence[Any] | None, choice: Any, *, parallel: bool | Non
 
 
 def check_count(tools: Sequence[Any]) -> None:
-    """Raise `RequestError` for more tools than a request may have."""
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"tools holds {len(tools)} tools; at most {MAX_TOOLS} are allowed", param="tools")
+    """Raise `RequestError` for more tools than a request may have; those of a namespace count each."""
+    count = len(tools)
+    if count <= MAX_TOOLS:
+        spaces = [tool.get("tools") for tool in tools if isinstance(tool, Mapping) and tool.get("type") == "namespace"]
+        count += sum(len(members) - 1 for members in spaces if isinstance(members, list))
+    if count > MAX_TOOLS:
+        raise RequestError(f"tools holds {count} tools; at most {MAX_TOOLS} are allowed", param="tools")
 
 
 def _choose(use: ToolUse, choice: Any) -> ToolUse | None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quire.server.tools.formats import JsonBody, PythonBody, Thinking, ToolFormat
+from quire.server.tools.format_types import JsonBody, PythonBody, Thinking, ToolFormat
 
 _THINKING_FIELDS = ("thinking", "reasoning_content", "reasoning")
 

@@ -1,7 +1,7 @@
 """Reads a call whose arguments stand between tags, and writes them as JSON while they come."""
 
 from quire.server.tools.arguments import as_json, property_schema
-from quire.server.tools.formats import TagBody, ToolFormat
+from quire.server.tools.format_types import TagBody, ToolFormat
 from quire.server.tools.scanner import MAX_HEADER_CHARS, Scan, Scanner
 from quire.server.tools.sink import NotACallError, Sink
 from quire.server.tools.tag_values import TagValues

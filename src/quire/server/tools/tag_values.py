@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from quire.server.tools.arguments import as_json, is_text, json_types, property_schema, resolve, spelled_value
-from quire.server.tools.formats import TagBody
+from quire.server.tools.format_types import TagBody
 from quire.server.tools.scanner import MAX_HEADER_CHARS, Scan, Scanner
 from quire.server.tools.sink import Sink
 
