@@ -83,7 +83,7 @@ def contenders(name: str, weight: Tensor) -> list[Contender]:
         return [ours, *(of_8_bits(weight) if stored.bits == 8 else of_4_bits(weight, stored.group_size))]
     if name in BLOCKS:
         matrix = random_blocks(name, n, k)
-        copies = rotated(lambda: cpu.pack_blocks([BlockMatrix(matrix.rows.clone(), name)]), matrix.rows.nbytes)
+        copies = rotated(lambda: cpu.interleave_blocks(cpu.pack_blocks([matrix])), matrix.rows.nbytes)
         return [
             Contender("ours", copies, lambda x, w: cpu.linear_quantized(x, w, None, n)),
             *of_floats(dequantize(matrix)),

@@ -22,6 +22,7 @@ from quire.kernels.coded import CodedMatrix
 from quire.kernels.expert_products import ExpertLoop
 from quire.kernels.interface import ExpertMatrix, ExpertWeight, Mxfp4Matrix, PackedExperts
 from quire.layers.linear import Linear, LinearWeight, stored_as
+from quire.models.packed_weights import PackedWeights
 from quire.quantization import METHODS
 from quire.quantization.levels import integers
 
@@ -69,7 +70,7 @@ def make_experts(shape: Shape, form: str) -> PackedExperts:
     def pack(rows: int, columns: int) -> ExpertWeight:
         stored = stored_as({"mxfp4 of int8": "int8"}.get(form, form if form in FLOATS_AND_METHODS else "float32"))
         matrices = [[matrix(rows, columns)] for _ in range(shape.num_experts)]
-        return cpu.pack_experts(matrices, stored)
+        return PackedWeights(None).pack_experts(matrices, stored)
 
     gate_up, down = pack(2 * shape.inner, shape.hidden), pack(shape.hidden, shape.inner)
     return PackedExperts(gate_up, down, None, None, shape.num_experts, shape.inner, "silu")
@@ -83,6 +84,7 @@ def make_dense(shape: Shape, form: str) -> Callable[[Tensor], Tensor]:
             cpu,
             [LinearWeight(random_blocks(form, *size) if form in BLOCKS else torch.randn(*size).mul_(0.02))],
             "float32" if form in BLOCKS else dtype,
+            PackedWeights(None),
         )
         for size in ((2 * inner, shape.hidden), (shape.hidden, inner))
     )

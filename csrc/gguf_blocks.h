@@ -1,6 +1,10 @@
 // The blocks of GGUF, whose layouts quire/kernels/blocks.py specifies. Eight rows are unpacked at once: a word of four
 // bytes of each is a vector, so what has to be done to the bits of a row is done to eight.
 //
+// Interleaved, eight rows are one run of blocks of eight times the bytes: word after word of a block, each of all eight
+// rows, so that a vector is one load. The bytes of a block that are no whole words lie before its words; of blocks of 256
+// numbers behind them.
+//
 // Unpacked, a row is codes of a byte and a scale for each group of 16 or 32 of them, for some types with an offset:
 // number = (code - zero point) * scale + offset.
 #pragma once
@@ -16,11 +20,29 @@ typedef float Floats8 __attribute__((vector_size(32)));
 typedef int32_t Ints8 __attribute__((vector_size(32)));
 typedef uint32_t Words8 __attribute__((vector_size(32)));
 
-constexpr int64_t kRowsTogether = 8;
+constexpr int64_t kRowsTogether = kInterleavedRows;
 
-// Places of eight rows of blocks, all at the same block.
+// Places of eight rows of blocks as a file has them, all at the same block.
 struct BlocksOfRows {
     const uint8_t* rows[kRowsTogether];
+    const uint8_t* ahead;  // where the next eight rows are, if they follow: read while these are
+
+    // Rows `row` to `row + 7` of a weight, none past `end`: the last one takes their place.
+    BlocksOfRows(const BlockPart& part, int64_t row, int64_t end) {
+        for (int r = 0; r < kRowsTogether; ++r) rows[r] = part.rows + min_of(row + r, end - 1) * part.row_bytes;
+        ahead = rows[kRowsTogether - 1] + part.row_bytes;
+    }
+    // The rows `ids`, at most eight.
+    BlocksOfRows(const BlockPart& part, const int32_t* ids, int64_t count) {
+        for (int r = 0; r < kRowsTogether; ++r) rows[r] = part.rows + ids[min_of(r, count - 1)] * part.row_bytes;
+        ahead = rows[kRowsTogether - 1] + part.row_bytes;
+    }
+
+    QUIRE_INLINE void advance(int64_t block_bytes) {
+        for (int64_t byte = 0; byte < kRowsTogether * block_bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
+        ahead += kRowsTogether * block_bytes;
+        for (int r = 0; r < kRowsTogether; ++r) rows[r] += block_bytes;
+    }
 
     // The four words at a byte of the blocks: word j of row r is lane r of words[j].
     QUIRE_INLINE void words(int64_t at, Words8* words) const {
@@ -68,6 +90,55 @@ struct BlocksOfRows {
         for (int r = 0; r < kRowsTogether; ++r) floats[r] = widen(Half{h[r]});
         return floats;
 #endif
+    }
+
+    QUIRE_INLINE Words8 byte(int64_t at) const {
+        Words8 bytes;
+        for (int r = 0; r < kRowsTogether; ++r) bytes[r] = rows[r][at];
+        return bytes;
+    }
+};
+
+// The same of interleaved rows.
+struct InterleavedBlocks {
+    static constexpr int64_t kAhead = 4096;
+    const uint8_t* block;
+
+    // `row` is the first of eight; past `end`, the last eight take their place.
+    InterleavedBlocks(const BlockPart& part, int64_t row, int64_t end)
+        : block(part.rows + min_of(row, end - kRowsTogether) * part.row_bytes) {}
+
+    QUIRE_INLINE void advance(int64_t block_bytes) {
+        block += kRowsTogether * block_bytes;
+        // Past the end of a page, where the processor's own prefetching stops.
+        for (int64_t byte = 0; byte < kRowsTogether * block_bytes; byte += 64) __builtin_prefetch(block + kAhead + byte, 0, 3);
+    }
+    QUIRE_INLINE const uint8_t* place(int64_t at) const { return block + kRowsTogether * at; }
+    QUIRE_INLINE Words8 word(int64_t at) const {
+        Words8 word;
+        memcpy(&word, place(at), sizeof word);
+        return word;
+    }
+    QUIRE_INLINE void words(int64_t at, Words8* words) const {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) words[j] = word(at + 4 * j);
+    }
+    QUIRE_INLINE Floats8 halves(int64_t at) const {
+#if defined(__F16C__)
+        return (Floats8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(place(at))));
+#else
+        uint16_t h[kRowsTogether];
+        memcpy(h, place(at), sizeof h);
+        Floats8 floats;
+        for (int r = 0; r < kRowsTogether; ++r) floats[r] = widen(Half{h[r]});
+        return floats;
+#endif
+    }
+    QUIRE_INLINE Words8 byte(int64_t at) const {
+        typedef uint8_t Bytes8 __attribute__((vector_size(8)));
+        Bytes8 bytes;
+        memcpy(&bytes, place(at), sizeof bytes);
+        return __builtin_convertvector(bytes, Words8);
     }
 };
 
@@ -118,6 +189,7 @@ struct UnpackedBlocks {
     QUIRE_INLINE void put_offset(int64_t group, Floats8 offset) const {
         memcpy(offsets + group * kUnpackedLanes, &offset, sizeof offset);
     }
+    QUIRE_INLINE UnpackedBlocks from_lane(int64_t lane) const { return {codes + lane * 4, scales + lane, offsets + lane}; }
     QUIRE_INLINE UnpackedBlocks from_group(int64_t group, int64_t steps_of_group) const {
         return {codes + group * steps_of_group * kUnpackedLanes * 4, scales + group * kUnpackedLanes,
                 offsets + group * kUnpackedLanes};
@@ -127,8 +199,8 @@ struct UnpackedBlocks {
 constexpr uint32_t kLowHalves = 0x0f0f0f0f;
 
 // 16 bytes of halves: inputs 0 to 15 in the low ones, 16 to 31 in the high ones.
-template <class Change>
-QUIRE_INLINE void unpack_halves(const BlocksOfRows& b, int64_t at, const UnpackedBlocks& to, const Change& change) {
+template <class Blocks, class Change>
+QUIRE_INLINE void unpack_halves(const Blocks& b, int64_t at, const UnpackedBlocks& to, const Change& change) {
     Words8 words[4];
     b.words(at, words);
 #pragma GCC unroll 4
@@ -140,7 +212,8 @@ QUIRE_INLINE void unpack_halves(const BlocksOfRows& b, int64_t at, const Unpacke
 constexpr auto kUnchanged = [](Words8 codes, int) { return codes; };
 
 // 32 bytes: the eight steps of one group, or of several in a few bits each.
-QUIRE_INLINE void eight_words(const BlocksOfRows& b, int64_t at, Words8* words) {
+template <class Blocks>
+QUIRE_INLINE void eight_words(const Blocks& b, int64_t at, Words8* words) {
     b.words(at, words);
     b.words(at + 16, words + 4);
 }
@@ -156,7 +229,8 @@ struct FifthBits {
 };
 
 // Scales and offsets of the eight groups of Q4_K and Q5_K: two float16, and 12 bytes with six bits of each.
-QUIRE_INLINE void unpack_k_scales(const BlocksOfRows& b, const UnpackedBlocks& to) {
+template <class Blocks>
+QUIRE_INLINE void unpack_k_scales(const Blocks& b, const UnpackedBlocks& to) {
     Words8 words[4];
     b.words(0, words);
     const Floats8 d = halves_of(words[0]), least = -halves_of(words[0] >> 16);
@@ -182,13 +256,15 @@ struct BlockForm {
 };
 
 struct Q4_0 : BlockForm<32, 18, 32, 15, 8, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         unpack_halves(b, 2, to, kUnchanged);
         to.put_scale(0, b.halves(0));
     }
 };
 struct Q4_1 : BlockForm<32, 20, 32, 15, 0, true> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         unpack_halves(b, 4, to, kUnchanged);
         const Words8 both = b.word(0);
         to.put_scale(0, halves_of(both));
@@ -196,14 +272,16 @@ struct Q4_1 : BlockForm<32, 20, 32, 15, 0, true> {
     }
 };
 struct Q5_0 : BlockForm<32, 22, 32, 31, 16, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         const FifthBits fifth{b.word(2)};
         unpack_halves(b, 6, to, [&](Words8 codes, int step) { return codes | fifth.of_step(step); });
         to.put_scale(0, b.halves(0));
     }
 };
 struct Q5_1 : BlockForm<32, 24, 32, 31, 0, true> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         const FifthBits fifth{b.word(4)};
         unpack_halves(b, 8, to, [&](Words8 codes, int step) { return codes | fifth.of_step(step); });
         const Words8 both = b.word(0);
@@ -212,7 +290,8 @@ struct Q5_1 : BlockForm<32, 24, 32, 31, 0, true> {
     }
 };
 struct Q8_0 : BlockForm<32, 34, 32, 0, 0, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         Words8 words[8];
         eight_words(b, 2, words);
 #pragma GCC unroll 8
@@ -221,7 +300,8 @@ struct Q8_0 : BlockForm<32, 34, 32, 0, 0, false> {
     }
 };
 struct Q2_K : BlockForm<256, 84, 16, 3, 0, true> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         for (int half = 0; half < 2; ++half) {
             Words8 words[8];
             eight_words(b, 16 + 32 * half, words);
@@ -243,7 +323,8 @@ struct Q2_K : BlockForm<256, 84, 16, 3, 0, true> {
     }
 };
 struct Q3_K : BlockForm<256, 110, 16, 7, 4, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         Words8 high[8], low[8];
         eight_words(b, 0, high);
         for (int half = 0; half < 2; ++half) {
@@ -268,7 +349,8 @@ struct Q3_K : BlockForm<256, 110, 16, 7, 4, false> {
     }
 };
 struct Q4_K : BlockForm<256, 144, 32, 15, 0, true> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
 #pragma GCC unroll 4
         for (int pair = 0; pair < 4; ++pair) {
             Words8 words[8];
@@ -283,7 +365,8 @@ struct Q4_K : BlockForm<256, 144, 32, 15, 0, true> {
     }
 };
 struct Q5_K : BlockForm<256, 176, 32, 31, 0, true> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         Words8 high[8], low[8];
         eight_words(b, 16, high);
 #pragma GCC unroll 4
@@ -299,7 +382,8 @@ struct Q5_K : BlockForm<256, 176, 32, 31, 0, true> {
     }
 };
 struct Q6_K : BlockForm<256, 210, 16, 63, 32, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         for (int half = 0; half < 2; ++half) {
             Words8 high[8], low[8];
             eight_words(b, 128 + 32 * half, high);
@@ -325,13 +409,15 @@ struct Q6_K : BlockForm<256, 210, 16, 63, 32, false> {
     }
 };
 struct IQ4_NL : BlockForm<32, 18, 32, 0, 0, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         unpack_halves(b, 2, to, [](Words8 codes, int) { return by_table(codes, kIq4); });
         to.put_scale(0, b.halves(0));
     }
 };
 struct IQ4_XS : BlockForm<256, 136, 32, 0, 0, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         const Words8 first = b.word(0), low = b.word(4), high = first >> 16;
         const Floats8 d = halves_of(first);
         for (int j = 0; j < 8; ++j) {
@@ -342,10 +428,11 @@ struct IQ4_XS : BlockForm<256, 136, 32, 0, 0, false> {
     }
 };
 struct Mxfp4Block : BlockForm<32, 17, 32, 24, 12, false> {
-    static QUIRE_INLINE void unpack(const BlocksOfRows& b, const UnpackedBlocks& to) {
+    template <class Blocks>
+    static QUIRE_INLINE void unpack(const Blocks& b, const UnpackedBlocks& to) {
         unpack_halves(b, 1, to, [](Words8 codes, int) { return by_table(codes, kTwiceE2m1And12); });
         // Half of 2^(e - 127). Exponents 0 and 1 make numbers below the normal ones, 255 is NaN.
-        const Words8 e = b.word(0) & 255;
+        const Words8 e = b.byte(0);
         const Words8 normal = (e - 1) << 23, small = e == 0 ? 0x00200000u - Words8{} : 0x00400000u - Words8{};
         const Words8 number = e < 2 ? small : normal;
         to.put_scale(0, (Floats8)(e == 255 ? 0x7fc00000u - Words8{} : number));
@@ -373,19 +460,19 @@ QUIRE_INLINE auto with_block(BlockType type, F f) {
     return f.template operator()<Mxfp4Block>();
 }
 
-// Eight rows of k numbers. While they are unpacked, the next eight are fetched, if they follow.
-template <class Block>
-static void unpack_rows(const uint8_t* const* rows, int64_t k, const UnpackedBlocks& to) {
+// Calls f<Blocks>() for the way in which a weight's rows lie.
+template <class F>
+QUIRE_INLINE void with_blocks_of(const BlockPart& part, F f) {
+    if (part.interleaved) f.template operator()<InterleavedBlocks>();
+    else f.template operator()<BlocksOfRows>();
+}
+
+// Eight rows of k numbers.
+template <class Block, class Blocks>
+static void unpack_rows(Blocks b, int64_t k, const UnpackedBlocks& to) {
     constexpr int64_t kGroups = Block::kValues / Block::kGroup;
-    BlocksOfRows b;
-    for (int r = 0; r < kRowsTogether; ++r) b.rows[r] = rows[r];
-    const uint8_t* ahead = rows[kRowsTogether - 1] + k / Block::kValues * Block::kBytes;
-    for (int64_t i = 0; i < k / Block::kValues; ++i) {
-        for (int64_t byte = 0; byte < kRowsTogether * Block::kBytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
-        ahead += kRowsTogether * Block::kBytes;
+    for (int64_t i = 0; i < k / Block::kValues; ++i, b.advance(Block::kBytes))
         Block::unpack(b, to.from_group(i * kGroups, Block::kGroup / 4));
-        for (int r = 0; r < kRowsTogether; ++r) b.rows[r] += Block::kBytes;
-    }
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -1,178 +1,21 @@
-// y = x . weight^T + bias with the weight in blocks of GGUF as the file has them.
+// y = x . weight^T + bias with the weight in blocks of GGUF.
 //
-// A thread unpacks a panel of outputs (gguf_blocks.h) into its caches and multiplies it with all rows of x, which are
-// integers of 8 bits with a scale for every 32 inputs. Where a group of a row stands out from the row, its rounding would
-// be felt in all outputs: it gets a second digit, which says what the first left, and is multiplied twice. A weight may
-// ask for both digits of every group: inputs of 15 bits, which are multiplied at once as integers of 16 bits.
-//
-// A pass is one digit of one group of inputs, of all rows of a tile, or both. Products are summed as integers inside a pass, which
-// is exact; the passes' sums are added as float32 in the order of k. A pass that other rows of the tile need adds 0 to a
-// row, so a row's result has the same bits in every batch and with any number of threads.
+// A thread unpacks a panel of outputs (gguf_blocks.h) into its caches and multiplies it with all rows of x, in passes
+// (gguf_passes.h); for one row of x it unpacks block after block. Products are summed as integers inside a pass, which is
+// exact; the passes' sums are added as float32 in the order of k. A pass that other rows of the tile need adds 0 to a row,
+// so a row's result has the same bits in every batch and with any number of threads.
 #pragma once
 
 #include "area.h"
 #include "byte_products.h"
 #include "gguf_blocks.h"
+#include "gguf_passes.h"
 #include "linear_input.h"
 #include "linear.h"
 #include "parallel.h"
 #include "row_groups.h"
 
 namespace quire::QUIRE_ISA {
-
-constexpr int64_t kPassInputs = 32, kPassSteps = kPassInputs / 4;
-// A group stands out if its largest magnitude is more than so many times the root mean square of its row.
-constexpr float kStandsOut = 4.0f;
-// What a digit leaves is at most half of its unit: 127 of the next one's.
-constexpr int32_t kSecondUnits = 254;
-constexpr float kSecondDigit = 1.0f / kSecondUnits;
-
-// One row's part of a pass.
-struct RowPass {
-    float scale;
-    int32_t sums[2];  // of each 16 of its integers
-    int32_t sum;
-};
-
-// Rows of x in passes. A tile of rows has the room of its rows, in which [pass][row of the tile] follow each other.
-struct BlockRows {
-    int32_t* words;     // [pass][kPassSteps][row]: four inputs; both digits: [pass][2][kPassSteps][row], inputs 0 and 2
-                        // of a step, then 1 and 3
-    RowPass* of_rows;   // [pass][row]
-    int32_t* groups;    // [pass]: its group of inputs
-    int32_t* num_passes;
-    int64_t num_groups;
-
-    // Every group may need both digits.
-    BlockRows(int64_t rows, int64_t k, Area& area) : num_groups(k / kPassInputs) {
-        words = area.take<int32_t>(rows * 2 * num_groups * kPassSteps);
-        of_rows = area.take<RowPass>(rows * 2 * num_groups);
-        groups = area.take<int32_t>(rows * 2 * num_groups);
-        num_passes = area.take<int32_t>(rows);
-    }
-    BlockRows(const BlockRows& from, int64_t row) : BlockRows(from) {
-        words += row * 2 * num_groups * kPassSteps;
-        of_rows += row * 2 * num_groups;
-        groups += row * 2 * num_groups;
-        num_passes += row;
-    }
-};
-
-// The digits of the rows of one tile, as they are made.
-struct Digits {
-    struct Group {
-        RowPass first, second;
-        bool stands_out;
-    };
-    int8_t *first, *second;  // [row][k]
-    Group* groups;           // [row][group]
-
-    Digits(int64_t k, Area& area)
-        : first(area.take<int8_t>(kRowsOfBytes * k)),
-          second(area.take<int8_t>(kRowsOfBytes * k)),
-          groups(area.take<Group>(kRowsOfBytes * (k / kPassInputs))) {}
-};
-
-QUIRE_INLINE void put_bytes(int8_t* to, IntVec integers) {
-    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-    const Bytes bytes = __builtin_convertvector(integers, Bytes);
-    memcpy(to, &bytes, sizeof bytes);
-}
-
-// One digit of `numbers`, which are made smaller by what it says.
-QUIRE_INLINE RowPass take_digit(Vec* numbers, float scale, int8_t* to) {
-    constexpr int kVectors = kPassInputs / kLanes;
-    RowPass pass{scale, {0, 0}, 0};
-#pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) {
-        const IntVec integers = nearest(numbers[i]);
-        numbers[i] -= __builtin_convertvector(integers, Vec);
-        put_bytes(to + i * kLanes, integers);
-        int32_t sum = 0;
-        for (int lane = 0; lane < kLanes; ++lane) sum += integers[lane];
-        pass.sums[i * kLanes / 16] += sum;
-    }
-    pass.sum = pass.sums[0] + pass.sums[1];
-    return pass;
-}
-
-// A group with an infinity or a NaN gets a NaN for its scale, and so the row for its results.
-static void make_digits(const float* x, int64_t k, bool both, int8_t* first, int8_t* second, Digits::Group* groups) {
-    constexpr int kVectors = kPassInputs / kLanes;
-    Vec squares{};
-    for (int64_t i = 0; i < k; i += kLanes) squares += load(x + i) * load(x + i);
-    const float usual = kStandsOut * sqrtf(sum(squares) / float(k));
-    for (int64_t g = 0; g < k / kPassInputs; ++g, x += kPassInputs, first += kPassInputs, second += kPassInputs) {
-        // Compared as integers, magnitudes keep their order, and NaN is larger than all.
-        IntVec magnitudes{};
-        for (int i = 0; i < kVectors; ++i) {
-            const IntVec bits = (IntVec)load(x + i * kLanes) & 0x7fffffff;
-            magnitudes = bits > magnitudes ? bits : magnitudes;
-        }
-        int32_t largest = 0;
-        for (int i = 0; i < kLanes; ++i) largest = magnitudes[i] > largest ? magnitudes[i] : largest;
-        const bool finite = largest < 0x7f800000;
-        const float magnitude = as_float(uint32_t(largest));
-        const float inverse = finite && magnitude >= kSmallestMagnitude ? 127.0f / magnitude : 0.0f;
-        const float scale = finite ? magnitude / 127.0f : as_float(0x7fc00000);
-        Vec numbers[kVectors];
-        for (int i = 0; i < kVectors; ++i) numbers[i] = finite ? load(x + i * kLanes) * inverse : Vec{};
-        Digits::Group& group = groups[g];
-        group.first = take_digit(numbers, scale, first);
-        group.stands_out = both || magnitude > usual;
-        if (group.stands_out) {
-            for (int i = 0; i < kVectors; ++i) numbers[i] *= 254.0f;
-            group.second = take_digit(numbers, scale * kSecondDigit, second);
-        } else {
-            group.second = {};
-            memset(second, 0, kPassInputs);
-        }
-    }
-}
-
-// A pass with both digits of every row.
-static void join_digits(int64_t rows, int64_t k, const Digits& digits, int64_t g, const BlockRows& to) {
-    for (int64_t r = 0; r < rows; ++r) {
-        const int8_t *const first = digits.first + r * k + g * kPassInputs, *const second = digits.second + r * k + g * kPassInputs;
-        int32_t* const words = to.words + g * 2 * kPassSteps * rows + r;
-        const auto both = [&](int64_t i) { return kSecondUnits * first[i] + second[i]; };
-        for (int64_t step = 0; step < kPassSteps; ++step)
-            for (int64_t part = 0; part < 2; ++part)
-                words[(part * kPassSteps + step) * rows] =
-                    int32_t(uint32_t(both(4 * step + part + 2)) << 16 | (uint32_t(both(4 * step + part)) & 0xffff));
-        const Digits::Group& of = digits.groups[r * to.num_groups + g];
-        const auto sum = [&](int half) { return kSecondUnits * of.first.sums[half] + of.second.sums[half]; };
-        to.of_rows[g * rows + r] = {of.second.scale, {sum(0), sum(1)}, sum(0) + sum(1)};
-    }
-    to.groups[g] = int32_t(g);
-}
-
-// The passes of a tile, made of the digits of its rows. `row(r)` is where row r lies.
-template <class Row>
-static void make_passes(int64_t rows, int64_t k, bool both, const Digits& digits, const BlockRows& to, const Row& row) {
-    for (int64_t r = 0; r < rows; ++r)
-        make_digits(row(r), k, both, digits.first + r * k, digits.second + r * k, digits.groups + r * to.num_groups);
-    int32_t num = 0;
-    for (int64_t g = 0; g < to.num_groups; ++g) {
-        if (both) {
-            join_digits(rows, k, digits, num++, to);
-            continue;
-        }
-        const auto add = [&](const int8_t* bytes, auto pass_of) {
-            for (int64_t r = 0; r < rows; ++r) {
-                for (int64_t step = 0; step < kPassSteps; ++step)
-                    memcpy(to.words + (num * kPassSteps + step) * rows + r, bytes + r * k + g * kPassInputs + 4 * step, 4);
-                to.of_rows[num * rows + r] = pass_of(digits.groups[r * to.num_groups + g]);
-            }
-            to.groups[num++] = int32_t(g);
-        };
-        add(digits.first, [](const Digits::Group& group) { return group.first; });
-        bool stands_out = false;
-        for (int64_t r = 0; r < rows; ++r) stands_out |= digits.groups[r * to.num_groups + g].stands_out;
-        if (stands_out) add(digits.second, [](const Digits::Group& group) { return group.second; });
-    }
-    *to.num_passes = num;
-}
 
 // What a product needs to know of a type of blocks; many types share one. `steps` add up within 16 bits, two products each;
 // 0: codes have a sign, and sums have 32 bits at once.
@@ -229,21 +72,30 @@ struct Panel {
     }
 };
 
-// kRows rows of a tile times kWidth vectors of a panel's outputs; `left` of those outputs are there. `kWide`: passes
-// have both digits.
+// The passes of a tile that are still to be multiplied.
+struct PassesLeft {
+    const int32_t* words;
+    const RowPass* of_rows;
+    const int32_t *groups, *end;
+    explicit PassesLeft(const BlockRows& x)
+        : words(x.words), of_rows(x.of_rows), groups(x.groups), end(x.groups + *x.num_passes) {}
+};
+
+// Adds the passes of the groups of inputs `first` to `end` to the sums of kRows rows of a tile times kWidth vectors of
+// outputs. `w`: where the outputs are unpacked from group `first` on; `taken`: from every code. `kWide`: passes have both
+// digits.
 template <class Form, bool kWide, int kRows, int kWidth>
-static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x, float* out, int64_t stride,
-                            const float* bias, int64_t left) {
+static QUIRE_INLINE void add_passes(PassesLeft& left, int64_t first, int64_t end, const UnpackedBlocks (&w)[kWidth],
+                                    int32_t taken_from_codes, Vec (&sums)[kRows][kWidth]) {
     constexpr int kHalves = kPassInputs / Form::kGroup, kSteps = Form::kGroup / 4;
     constexpr bool kInWords = Form::kStepsInWords > 0 && !kWide;
     constexpr int kRun = kInWords ? Form::kStepsInWords : kSteps;
-    Vec sums[kRows][kWidth] = {};
-    UnpackedBlocks w[kWidth];
-    for (int j = 0; j < kWidth; ++j) w[j] = panel.at(lane + j * kLanes);
-    const int32_t* words = x.words;
-    const RowPass* of_rows = x.of_rows;
-    for (int32_t pass = 0; pass < *x.num_passes; ++pass, of_rows += kRows) {
-        int64_t at = x.groups[pass] * kPassSteps * kUnpackedLanes * 4;
+    const int32_t* words = left.words;
+    const RowPass* of_rows = left.of_rows;
+    const int32_t* groups = left.groups;
+    for (; groups < left.end && *groups < end; ++groups, of_rows += kRows) {
+        const int64_t pass_group = *groups - first;
+        int64_t at = pass_group * kPassSteps * kUnpackedLanes * 4;
         for (int half = 0; half < kHalves; ++half) {
             IntVec acc[kRows][kWidth] = {};
             for (int run = 0; run < kSteps; run += kRun) {
@@ -293,12 +145,12 @@ static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x
                 }
             }
             if (kWide && half == kHalves - 1) words += kPassSteps * kRows;
-            const int64_t group = (x.groups[pass] * kHalves + half) * kUnpackedLanes;
+            const int64_t group = (pass_group * kHalves + half) * kUnpackedLanes;
 #pragma GCC unroll 14
             for (int r = 0; r < kRows; ++r) {
                 const RowPass& of_row = of_rows[r];
                 const int32_t sum = kHalves == 1 ? of_row.sum : of_row.sums[half];
-                const IntVec taken = IntVec{} + sum * panel.taken;
+                const IntVec taken = IntVec{} + sum * taken_from_codes;
 #pragma GCC unroll 4
                 for (int j = 0; j < kWidth; ++j) {
                     sums[r][j] += __builtin_convertvector(acc[r][j] - taken, Vec) * (load(w[j].scales + group) * of_row.scale);
@@ -307,6 +159,15 @@ static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x
             }
         }
     }
+    left.words = words;
+    left.of_rows = of_rows;
+    left.groups = groups;
+}
+
+// `left` of the outputs are there.
+template <int kRows, int kWidth>
+static QUIRE_INLINE void store_sums(const Vec (&sums)[kRows][kWidth], float* out, int64_t stride, const float* bias,
+                                    int64_t left) {
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -321,12 +182,69 @@ static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x
         }
 }
 
+// The same of one row, whose sums have registers to spare: all steps of a pass at once, in two chains.
+template <class Form, bool kWide, int kWidth>
+static QUIRE_INLINE void add_passes(PassesLeft& left, int64_t first, int64_t end, const UnpackedBlocks (&w)[kWidth],
+                                    int32_t taken_from_codes, Vec (&sums)[1][kWidth]) {
+    constexpr int kHalves = kPassInputs / Form::kGroup, kSteps = Form::kGroup / 4;
+    constexpr bool kInWords = Form::kStepsInWords > 0 && !kWide;
+    constexpr int kRun = kInWords ? Form::kStepsInWords : kSteps;
+    constexpr int kChains = kRun > 1 ? 2 : 1;
+    constexpr int64_t kStepBytes = kUnpackedLanes * 4, kPassWords = kWide ? 2 * kPassSteps : kPassSteps;
+    for (; left.groups < left.end && *left.groups < end; ++left.groups, ++left.of_rows, left.words += kPassWords) {
+        const int64_t group = (*left.groups - first) * kHalves;
+#pragma GCC unroll 2
+        for (int half = 0; half < kHalves; ++half) {
+            const int32_t* const words = left.words + half * kSteps;
+            const int32_t sum = kHalves == 1 ? left.of_rows->sum : left.of_rows->sums[half];
+            const IntVec taken = IntVec{} + sum * taken_from_codes;
+#pragma GCC unroll 4
+            for (int j = 0; j < kWidth; ++j) {
+                const uint8_t* const codes = w[j].codes + (group + half) * kSteps * kStepBytes;
+                IntVec acc[kChains] = {};
+#pragma GCC unroll 8
+                for (int run = 0; run < kSteps; run += kRun) {
+                    WordVec partial[kChains] = {};
+#pragma GCC unroll 8
+                    for (int step = run; step < run + kRun; ++step) {
+                        const uint8_t* const at = codes + step * kStepBytes;
+                        if constexpr (kWide) {
+                            acc[0] = add_wide_products(acc[0], Form::template wide_codes_at<0>(at), IntVec{} + words[step]);
+                            acc[1] = add_wide_products(acc[1], Form::template wide_codes_at<1>(at), IntVec{} + words[kPassSteps + step]);
+                        } else if constexpr (kInWords) {
+                            partial[step % 2] += products(Form::codes_at(at), IntVec{} + words[step]);
+                        } else {
+                            acc[step % 2] = add_products(acc[step % 2], Form::codes_at(at), IntVec{} + words[step]);
+                        }
+                    }
+                    if constexpr (kInWords) acc[0] = add_pairs(acc[0], partial[0] + partial[1]);
+                }
+                const int64_t scale = (group + half) * kUnpackedLanes;
+                sums[0][j] += __builtin_convertvector(acc[0] + acc[1] - taken, Vec) * (load(w[j].scales + scale) * left.of_rows->scale);
+                if constexpr (Form::kOffsets) sums[0][j] += load(w[j].offsets + scale) * (left.of_rows->scale * float(sum));
+            }
+        }
+    }
+}
+
+// kRows rows of a tile times kWidth vectors of a panel's outputs.
+template <class Form, bool kWide, int kRows, int kWidth>
+static void multiply_passes(const Panel& panel, int64_t lane, const BlockRows& x, float* out, int64_t stride,
+                            const float* bias, int64_t left) {
+    Vec sums[kRows][kWidth] = {};
+    UnpackedBlocks w[kWidth];
+    for (int j = 0; j < kWidth; ++j) w[j] = panel.at(lane + j * kLanes);
+    PassesLeft passes(x);
+    add_passes<Form, kWide, kRows>(passes, 0, x.num_groups, w, panel.taken, sums);
+    store_sums(sums, out, stride, bias, left);
+}
+
 template <class Form, bool kWide, int kRows = kRowsOfBytes>
 static void multiply_panel(int64_t rows, const Panel& w, const BlockRows& x, float* out, int64_t stride,
                            const float* bias, int64_t left) {
     if constexpr (kRows > 1)
         if (rows < kRows) return multiply_panel<Form, kWide, kRows - 1>(rows, w, x, out, stride, bias, left);
-    constexpr int kWidth = kLanes == 16 || (kLanes == 8 && kRows == 1) ? 1 : 2;
+    constexpr int kWidth = kLanes == 16 ? 1 : 2;
     for (int64_t lane = 0; lane < left; lane += kWidth * kLanes)
         multiply_passes<Form, kWide, kRows, kWidth>(w, lane, x, out + lane, stride, bias ? bias + lane : nullptr, left - lane);
 }
@@ -352,23 +270,19 @@ QUIRE_INLINE IntVec sums_of_lanes(const IntVec* v) {
 // `multiply_passes`.
 static void multiply_row_of_bytes(const BlockPart& part, int64_t begin, int64_t end, const BlockRows& x, const BlockOutputs& to) {
     for (int64_t row = begin; row < end; row += kRowsTogether) {
-        BlocksOfRows b;
-        for (int r = 0; r < kRowsTogether; ++r) b.rows[r] = part.rows + min_of(row + r, end - 1) * part.row_bytes;
-        const uint8_t* ahead = b.rows[kRowsTogether - 1] + part.row_bytes;
+        BlocksOfRows b(part, row, end);
         Vec sums{};
-        for (int64_t g = 0, at = 0; g < x.num_groups; ++g, at += Q8_0::kBytes) {
-            for (int64_t byte = 0; byte < kRowsTogether * Q8_0::kBytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
-            ahead += kRowsTogether * Q8_0::kBytes;
+        for (int64_t g = 0; g < x.num_groups; ++g, b.advance(Q8_0::kBytes)) {
             const int32_t* const words = x.words + g * 2 * kPassSteps;
             const IntVec first = load_words(words), second = load_words(words + kPassSteps);
             IntVec acc[kRowsTogether];
 #pragma GCC unroll 8
             for (int r = 0; r < kRowsTogether; ++r) {
-                const uint8_t* const codes = b.rows[r] + at + 2;
+                const uint8_t* const codes = b.rows[r] + 2;
                 acc[r] = add_wide_products(IntVec{}, FormOf<Q8_0>::wide_codes_at<0>(codes), first);
                 acc[r] = add_wide_products(acc[r], FormOf<Q8_0>::wide_codes_at<1>(codes), second);
             }
-            sums += __builtin_convertvector(sums_of_lanes(acc), Vec) * (b.halves(at) * x.of_rows[g].scale);
+            sums += __builtin_convertvector(sums_of_lanes(acc), Vec) * (b.halves(0) * x.of_rows[g].scale);
         }
         const int64_t lanes = min_of(end - row, kLanes), column = row - begin;
         const Vec start = to.bias ? load_first(to.bias + column, lanes) : Vec{};
@@ -377,24 +291,56 @@ static void multiply_row_of_bytes(const BlockPart& part, int64_t begin, int64_t 
 }
 #endif
 
-template <class Block, bool kWide>
+// One row of x reads a weight once, so it is unpacked block after block and multiplied in the first cache.
+template <class Block, bool kWide, class Blocks>
+static void multiply_row(const BlockPart& part, int64_t begin, int64_t end, const BlockRows& x, const BlockOutputs& to) {
+    constexpr int64_t kRuns = kUnpackedLanes / kRowsTogether, kScales = Block::kValues / Block::kGroup * kUnpackedLanes;
+    constexpr int64_t kPasses = Block::kValues / kPassInputs;
+    constexpr int kWidth = int(kUnpackedLanes / kLanes);
+    constexpr bool kInPlace = kRuns == 1 && std::is_same_v<Block, Q8_0> && std::is_same_v<Blocks, InterleavedBlocks>;
+    alignas(64) uint8_t codes[Block::kValues * kUnpackedLanes];
+    alignas(64) float scales[kScales], offsets[Block::kOffsets ? kScales : 1];
+    const UnpackedBlocks unpacked{codes, scales, offsets};
+    for (int64_t row = begin; row < end; row += kUnpackedLanes) {
+        Blocks blocks(part, row, end), next(part, row + kRowsTogether * (kRuns - 1), end);
+        UnpackedBlocks w[kWidth];
+        for (int j = 0; j < kWidth; ++j) w[j] = unpacked.from_lane(j * kLanes);
+        Vec sums[1][kWidth] = {};
+        PassesLeft passes(x);
+        for (int64_t pass = 0; pass < x.num_groups; pass += kPasses) {
+            if constexpr (kInPlace) {
+                for (int j = 0; j < kWidth; ++j) w[j].codes = const_cast<uint8_t*>(blocks.place(2)) + j * kLanes * 4;
+                unpacked.put_scale(0, blocks.halves(0));
+            } else {
+                Block::unpack(blocks, unpacked);
+            }
+            blocks.advance(Block::kBytes);
+            if constexpr (kRuns > 1) {
+                Block::unpack(next, unpacked.from_lane(kRowsTogether));
+                next.advance(Block::kBytes);
+            }
+            add_passes<FormOf<Block>, kWide>(passes, pass, pass + kPasses, w,
+                                             kWide ? kTakenFromWideCodes<Block> : kTakenFromCodes<Block>, sums);
+        }
+        const int64_t column = row - begin;
+        store_sums(sums, to.out + column, to.stride, to.bias ? to.bias + column : nullptr, end - row);
+    }
+}
+
+template <class Block, bool kWide, class Blocks>
 static void multiply_blocks_of(const BlockPart& part, int64_t begin, int64_t end, int64_t k, const BlockRows& x, int64_t m,
                                const BlockOutputs& to, Panel panel) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if constexpr (kWide && std::is_same_v<Block, Q8_0>)
+    if constexpr (kWide && std::is_same_v<Block, Q8_0> && std::is_same_v<Blocks, BlocksOfRows>)
         if (m == 1) return multiply_row_of_bytes(part, begin, end, x, to);
 #endif
+    if (m == 1) return multiply_row<Block, kWide, Blocks>(part, begin, end, x, to);
     panel.taken = kWide ? kTakenFromWideCodes<Block> : kTakenFromCodes<Block>;
-    // One row of x reads a panel once, so that a part of it in the first cache is enough; more rows take wider vectors.
-    const int64_t step = m == 1 ? kUnpackedLanes : kPanel, num_tiles = (m + kRowsOfBytes - 1) / kRowsOfBytes;
-    for (int64_t row = begin; row < end; row += step) {
-        const int64_t left = min_of(end - row, step);
-        for (int64_t lane = 0; lane < left; lane += kRowsTogether) {
-            const uint8_t* rows[kRowsTogether];
-            for (int r = 0; r < kRowsTogether; ++r)
-                rows[r] = part.rows + min_of(row + lane + r, end - 1) * part.row_bytes;
-            unpack_rows<Block>(rows, k, panel.at(lane));
-        }
+    const int64_t num_tiles = (m + kRowsOfBytes - 1) / kRowsOfBytes;
+    for (int64_t row = begin; row < end; row += kPanel) {
+        const int64_t left = min_of(end - row, kPanel);
+        for (int64_t lane = 0; lane < left; lane += kRowsTogether)
+            unpack_rows<Block>(Blocks(part, row + lane, end), k, panel.at(lane));
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
             const int64_t first = tile * m / num_tiles, count = (tile + 1) * m / num_tiles - first;
             multiply_panel<FormOf<Block>, kWide>(count, panel, BlockRows(x, first), to.out + first * to.stride + row - begin,
@@ -407,8 +353,10 @@ static void multiply_blocks_of(const BlockPart& part, int64_t begin, int64_t end
 static void multiply_blocks(const BlockPart& part, int64_t begin, int64_t end, int64_t k, const BlockRows& x, int64_t m,
                             const BlockOutputs& to, const Panel& panel) {
     with_block(part.type, [&]<class Block>() {
-        if (to.both_digits) multiply_blocks_of<Block, true>(part, begin, end, k, x, m, to, panel);
-        else multiply_blocks_of<Block, false>(part, begin, end, k, x, m, to, panel);
+        with_blocks_of(part, [&]<class Blocks>() {
+            if (to.both_digits) multiply_blocks_of<Block, true, Blocks>(part, begin, end, k, x, m, to, panel);
+            else multiply_blocks_of<Block, false, Blocks>(part, begin, end, k, x, m, to, panel);
+        });
     });
 }
 
@@ -491,20 +439,27 @@ static void gather_rows_blocks(const BlockPart& from, int64_t k, const int32_t* 
         Area area{scratch + thread * (gather_scratch(k) / num_threads())};
         const Panel panel(k, area);
         const int64_t begin = run * kRowsTogether, end = min_of(count, begin + kRowsTogether);
-        const uint8_t* rows[kRowsTogether];
-        for (int r = 0; r < kRowsTogether; ++r)
-            rows[r] = from.rows + ids[min_of(begin + r, end - 1)] * from.row_bytes;
         with_block(from.type, [&]<class Block>() {
             const UnpackedBlocks unpacked = panel.at(0);
-            unpack_rows<Block>(rows, k, unpacked);
-            for (int64_t i = begin; i < end; ++i)
+            const auto put_row = [&](int64_t i, int64_t lane) {
                 for (int64_t j = 0; j < k; ++j) {
-                    const int64_t lane = i - begin, group = j / Block::kGroup * kUnpackedLanes + lane;
+                    const int64_t group = j / Block::kGroup * kUnpackedLanes + lane;
                     const uint8_t code = unpacked.codes[(j / 4 * kUnpackedLanes + lane) * 4 + j % 4];
                     const int number = Block::kLargest > 0 ? int(code) - Block::kZeroPoint : int8_t(code);
                     const float scaled = float(number) * unpacked.scales[group];
                     out[i * k + j] = Block::kOffsets ? scaled + unpacked.offsets[group] : scaled;
                 }
+            };
+            if (!from.interleaved) {
+                unpack_rows<Block>(BlocksOfRows(from, ids + begin, end - begin), k, unpacked);
+                for (int64_t i = begin; i < end; ++i) put_row(i, i - begin);
+                return;
+            }
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t lane = ids[i] % kRowsTogether;
+                unpack_rows<Block>(InterleavedBlocks(from, ids[i] - lane, from.num_rows), k, unpacked);
+                put_row(i, lane);
+            }
         });
     });
 }

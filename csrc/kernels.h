@@ -1,6 +1,6 @@
 // The kernels' interface: plain pointers, sizes and strides, and a table of functions per instruction set.
 //
-// The layer above (bindings.cpp) has checked all arguments; nothing below throws, allocates or knows a framework. Only plain types may appear here: this header is seen by translation units compiled for
+// The layer above (bindings/) has checked all arguments; nothing below throws, allocates or knows a framework. Only plain types may appear here: this header is seen by translation units compiled for
 // different instruction sets, and an inline function shared by them could be linked in the wrong version.
 #pragma once
 
@@ -182,14 +182,22 @@ struct CodedLinear {
     int64_t m, n, k;
 };
 
-// The types of GGUF's blocks of few bits; bindings.cpp has their names.
+// The types of GGUF's blocks of few bits; bindings/packed_weights.cpp has their names.
 enum class BlockType : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4 };
 
-// Rows of blocks as a GGUF file has them.
+// Numbers and bytes of a block.
+struct BlockSizes {
+    int64_t numbers, bytes;
+};
+
+constexpr int64_t kInterleavedRows = 8;
+
+// Rows of blocks as a GGUF file has them, or eight by eight interleaved (gguf_blocks.h): a multiple of eight rows.
 struct BlockPart {
     const uint8_t* rows;
     int64_t row_bytes, num_rows;
     BlockType type;
+    bool interleaved;
 };
 
 struct BlockLinear {
@@ -318,6 +326,9 @@ namespace avx512bf16 { extern const Kernels kernels; }
 
 // copy_blocks.cpp: pairs of (source, destination), in every layer; needs no arithmetic, hence no instruction set.
 void copy_cache_blocks(const KVCache* caches, int64_t num_caches, const int32_t* pairs, int64_t num_pairs);
+
+// interleave_blocks.cpp: rows of blocks as a file has them -> interleaved, in the same number of bytes.
+void interleave_blocks(const uint8_t* rows, int64_t num_rows, int64_t row_bytes, BlockSizes sizes, uint8_t* to);
 
 // dispatch.cpp: the implementations this CPU says it can run, best first, ended by null.
 const Kernels* const* supported_kernels();

@@ -89,7 +89,7 @@ bool multiplies_blocks(const Kernels& kernels) {
     const std::vector<int32_t> chosen(kRows);
     const std::vector<float> weights(kRows, 1.0f);
     const auto part = [&](const std::vector<uint8_t>& rows) {
-        return BlockPart{rows.data(), kRowBytes, int64_t(rows.size()) / kRowBytes, BlockType::mxfp4};
+        return BlockPart{rows.data(), kRowBytes, int64_t(rows.size()) / kRowBytes, BlockType::mxfp4, false};
     };
     const BlockPart parts[] = {part(gate_up), part(down)};
     const auto linear = [&](const BlockPart& of_layer) {

@@ -12,7 +12,7 @@ from pathlib import Path
 _LAST_LINES = 30
 _STEP = re.compile(r"\[\d+/\d+\]")
 _KERNELS = re.compile(r"quire_kernels_(\w+)")
-_SOURCE = re.compile(r"csrc/\w+\.cpp")
+_SOURCE = re.compile(r"csrc/[\w/]+\.cpp")
 
 
 def progress(line: str) -> str | None:

@@ -62,7 +62,10 @@ def test_extras_that_texts_name_exist(project: dict[str, Any]) -> None:
             "  [1/13] Building CXX object x/quire_kernels_avx2.dir/csrc/kernels.cpp.o",
             "[1/13] compiling the kernels for avx2",
         ),
-        ("[2/13] Building CXX object x/_cpu.dir/csrc/bindings.cpp.o", "[2/13] compiling csrc/bindings.cpp"),
+        (
+            "[2/13] Building CXX object x/_cpu.dir/csrc/bindings/lora.cpp.o",
+            "[2/13] compiling csrc/bindings/lora.cpp",
+        ),
         ("[13/13] Linking CXX shared module _cpu.so", "[13/13] linking"),
         ("Collecting torch>=2.11", None),
         ("", None),

@@ -1,12 +1,13 @@
 """Dense layers of GGUF's blocks: the C++ kernels against the specification in float64, on every instruction set."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from quire.kernels import cpu, reference
-from quire.kernels.block_matrix import BlockMatrix, BlockWeight
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight, interleaved_rows
 from quire.kernels.blocks import dequantize
 from tests.kernels.test_blocks import TYPES, random_matrix
 
@@ -146,3 +147,41 @@ def test_wrong_arguments_are_named() -> None:
         cpu.gather_rows_quantized(weight, torch.tensor([4], dtype=torch.int32), NUM_INPUTS)
     with pytest.raises(ValueError, match="one of GGUF's, found Q9"):
         cpu.linear_quantized(rows(1), BlockWeight((BlockMatrix(torch.zeros(1, 1, dtype=torch.uint8), "Q9"),)), None, 1)
+
+
+@pytest.mark.parametrize("both_digits", [False, True])
+@pytest.mark.parametrize("name", TYPES)
+def test_interleaved_rows_give_the_same_bits(name: str, both_digits: bool, isa: str) -> None:
+    weight = BlockWeight((matrix_of(name, 40), matrix_of(name, 8, seed=1)), both_digits)
+    interleaved = cpu.interleave_blocks(weight)
+    x = rows(8)
+    for count in (1, 2, 8):
+        expected = cpu.linear_quantized(x[:count], weight, None, 48)
+        assert torch.equal(cpu.linear_quantized(x[:count], interleaved, None, 48), expected)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_interleaved_rows_are_the_files_bytes(name: str) -> None:
+    matrix = matrix_of(name, 16)
+    interleaved = cpu.interleave_blocks(BlockWeight((matrix,)))
+    assert interleaved.interleaved
+    assert torch.equal(interleaved.parts[0].rows, interleaved_rows(matrix))
+    (again,) = interleaved.matrices()
+    assert torch.equal(again.rows, matrix.rows)
+    assert cpu.interleave_blocks(interleaved) is interleaved
+    ids = torch.tensor([15, 0, 8, 8, 7], dtype=torch.int32)
+    found = cpu.gather_rows_quantized(interleaved, ids, NUM_INPUTS)
+    assert torch.equal(found, cpu.gather_rows_quantized(cpu.pack_blocks([matrix]), ids, NUM_INPUTS))
+
+
+def test_rows_that_are_no_multiple_of_eight_stay_as_they_are() -> None:
+    weight = cpu.pack_blocks([matrix_of("Q4_0", 16), matrix_of("Q4_0", 7)])
+    assert cpu.interleave_blocks(weight) is weight
+    with pytest.raises(ValueError, match=r"rows: expected a multiple of 8 interleaved rows, found 7"):
+        cpu.linear_quantized(rows(1), replace(weight, interleaved=True), None, 23)
+
+
+def test_interleaving_tells_what_it_has_copied() -> None:
+    matrices, copied = [matrix_of("Q4_K", 16), matrix_of("Q6_K", 8)], list[int]()
+    cpu.interleave_blocks(cpu.pack_blocks(matrices), done=lambda piece: copied.append(len(piece)))
+    assert sum(copied) == 24

@@ -255,6 +255,18 @@ def test_blocks_of_a_file_are_not_copied() -> None:
     assert torch.equal(apart.parts[0].rows, whole[[2, 0, 1]])
 
 
+@pytest.mark.parametrize("count", [1, 17])
+def test_interleaved_blocks_give_the_same_bits(count: int, isa: str) -> None:
+    case = Case(5, 64, 96, "blocks")
+    packed, tokens = case.packed(CPU), case.tokens(count, 2)
+    assert isinstance(packed.gate_up, BlockWeight)
+    assert isinstance(packed.down, BlockWeight)
+    gate_up, down = cpu.interleave_blocks(packed.gate_up), cpu.interleave_blocks(packed.down)
+    assert gate_up.interleaved
+    interleaved = replace(packed, gate_up=gate_up, down=down)
+    assert torch.equal(run(CPU, interleaved, *tokens), run(CPU, packed, *tokens))
+
+
 def test_experts_that_no_one_form_holds_become_floats() -> None:
     """Other types in other experts, codes in one layer and floats in the other, codes in other orders."""
     case = Case(2, 64, 96, "ordered codes")

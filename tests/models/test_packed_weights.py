@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from quire.kernels import cpu
+from quire.kernels.block_matrix import BlockWeight
 from quire.kernels.interface import ExpertMatrices, ExpertWeight, Mxfp4Matrix
 from quire.layers.linear import stored_as
 from quire.models.packed_weights import PackedWeights, tensors_of
@@ -55,10 +56,13 @@ MXFP4_EXPERTS = [
 def test_experts(matrices: ExpertMatrices, dtype: str) -> None:
     """In memory of the packing as anywhere, and found again by a later load."""
     expected = cpu.pack_experts(matrices, stored_as(dtype))
+    if isinstance(expected, BlockWeight):
+        expected = cpu.interleave_blocks(expected)
     first = PackedWeights(mmap.mmap(-1, 1 << 16))
     found = first.pack_experts(matrices, stored_as(dtype))
     assert type(found) is type(expected)
     assert all(map(torch.equal, bytes_of(found), bytes_of(expected)))
+    assert getattr(found, "interleaved", False) == getattr(expected, "interleaved", False)
     second = PackedWeights(None, first.parts)
     again = second.pack_experts(matrices, stored_as(dtype))
     assert second.num_packed == 0

@@ -190,7 +190,7 @@ def load_weights(target: Target, preloader: Preloader, on_phase: Phase = _unrepo
     model = _load_model(target, source, packed, on_phase)
     if target.plan.kv_cache_dtype == "fp8_e4m3":
         model.scale_kv()
-    # Blocks of a GGUF file are not packed at all.
+    # Blocks of a GGUF file are copied at every start.
     from_cache = packed is not None and packed.num_packed == 0 and bool(packed.parts)
     if preloader.cache is not None and packed is not None and packed.num_packed:
         preloader.cache.store(packed.parts)

@@ -113,9 +113,10 @@ def preload(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, f
     if config.weights_cache is not None and source is not None:
         key = weights_fingerprint(config, plan, folder)
         cache = WeightsCache(config.weights_cache, key, config.weights_cache_size)
-    # Blocks of few bits are read from their mapped file.
     uses_blocks = model_config.block_bytes and plan.quantization is None
-    packed_bytes = 0 if uses_blocks else model_config.spec.packed_bytes(plan.dtype, plan.quantization)
+    packed_bytes = (
+        model_config.block_bytes if uses_blocks else model_config.spec.packed_bytes(plan.dtype, plan.quantization)
+    )
     return Preloader(source, packed_bytes, cache, arena)
 
 

@@ -8,7 +8,7 @@ pair_of_steps: int
 
 Coded = tuple[Tensor, str, Sequence[float], Tensor, Tensor | None, bool, int, Tensor | None]
 """Codes, their kind and levels, scales, offsets, whether those are zero points, the size of a group, their order."""
-Blocks = tuple[Sequence[Tensor], Sequence[str], bool]
+Blocks = tuple[Sequence[Tensor], Sequence[str], bool, bool]
 """Rows and types of parts, and whether all inputs get both digits."""
 Tokens = tuple[Tensor, Tensor, Tensor, str, float, float, int]
 """x, chosen experts, weights, gate, alpha and limit of a clamped one, inner size."""
@@ -97,10 +97,12 @@ def linear_blocks(
     rows: Sequence[Tensor],
     types: Sequence[str],
     both_digits: bool,
+    interleaved: bool,
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
-def gather_rows_blocks(rows: Tensor, type: str, ids: Tensor, out: Tensor) -> None: ...
+def gather_rows_blocks(rows: Tensor, type: str, interleaved: bool, ids: Tensor, out: Tensor) -> None: ...
+def interleave_blocks(rows: Tensor, type: str, out: Tensor) -> None: ...
 def add_lora(
     x: Tensor,
     a: Tensor,

@@ -38,7 +38,7 @@ def linear_blocks(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor
     Kernels sum products of integers exactly inside a group.
     """
     rows = rounded_groups(x, weight.both_digits)
-    out = torch.cat([_product(rows, part) for part in weight.parts], dim=1).to(x.dtype)
+    out = torch.cat([_product(rows, part) for part in weight.matrices()], dim=1).to(x.dtype)
     return out if bias is None else out + bias.to(x.dtype)
 
 
@@ -65,5 +65,5 @@ def _product(rows: Tensor, matrix: BlockMatrix) -> Tensor:
 
 def gather_rows_blocks(weight: BlockWeight, ids: Tensor) -> Tensor:
     """ids [T] of the outputs of a weight of one part -> their rows [T, K], in float32."""
-    (matrix,) = weight.parts
+    (matrix,) = weight.matrices()
     return dequantize(matrix.select_rows(ids))

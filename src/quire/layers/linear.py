@@ -113,7 +113,7 @@ class Linear:
     def unpacked(self) -> Tensor:
         """The weight [N, K] in float32."""
         if isinstance(self.packed, BlockWeight):
-            return torch.cat([dequantize(part) for part in self.packed.parts])
+            return torch.cat([dequantize(part) for part in self.packed.matrices()])
         if isinstance(self.packed, CodedWeight):
             inputs = torch.eye(self.num_inputs)
             return self.kernels.linear_coded(inputs, self.packed, None, self.num_outputs).t().contiguous()

@@ -1,7 +1,7 @@
 """GgufWeights: the tensors of a GGUF model under their original names, in the original order of rows.
 
 Matrices in blocks of few bits are given as they are stored, views of the mapped file; only where llama.cpp's converter
-reordered rows of queries and keys is a copy made. All else becomes floats.
+reordered rows of queries and keys is a copy made here. All else becomes floats.
 """
 
 import re
@@ -80,7 +80,7 @@ class GgufWeights:
         return LinearWeight(weight, self.take(f"{name}.bias", shape[:1]) if bias else None)
 
     def release(self, tensor: Tensor) -> None:
-        """Blocks are read where they lie, so their pages stay."""
+        any(mapped.release_tensor(tensor) for mapped in self._mapped.values())
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Raise `CheckpointError` if tensors were never taken, unless a pattern of `ignored` matches their names."""

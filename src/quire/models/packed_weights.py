@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quire.kernels import cpu
 from quire.kernels.allocation import ignore, zeros
-from quire.kernels.block_matrix import BlockMatrix, BlockWeight
+from quire.kernels.block_matrix import INTERLEAVED_ROWS, BlockMatrix, BlockWeight
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.expert_forms import coded_parts, form_of, stored_tensors
 from quire.kernels.expert_products import orders_of
@@ -81,23 +81,28 @@ class PackedWeights:
         return _coded(first, found, None if first.order is None else first.order.int())
 
     def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
-        """Blocks stay where they are: in the mapped file, or in the copy whose rows were reordered."""
-        return cpu.pack_blocks(matrices)
+        return self._interleaved(cpu.pack_blocks(matrices))
 
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
     ) -> ExpertWeight:
         form = form_of(matrices, stored)
         if form == "blocks" and isinstance(matrices[0][0], BlockMatrix):
-            return cpu.pack_experts(matrices, stored)  # they stay where they are
+            return self._interleaved(cpu.pack_experts(matrices, stored))
         sources = list(stored_tensors(matrices))
 
         def pack() -> tuple[Tensor, ...]:
             return tensors_of(cpu.pack_experts(matrices, stored, self._or_else(allocate), self._release))
 
+        def pack_interleaved() -> tuple[Tensor, ...]:
+            packed = cpu.pack_experts(matrices, stored)
+            assert isinstance(packed, BlockWeight)
+            return tensors_of(cpu.interleave_blocks(packed, self._or_else(allocate)))
+
         if form == "blocks":
-            (rows,) = self._find_or_pack(f"experts mxfp4 {cpu.PACKING}", sources, 1, pack)
-            return BlockWeight((BlockMatrix(rows, "MXFP4"),), both_digits=isinstance(stored, str))
+            (rows,) = self._find_or_pack(f"experts mxfp4 interleaved {cpu.PACKING}", sources, 1, pack_interleaved)
+            interleaved = rows.shape[1] % INTERLEAVED_ROWS == 0
+            return BlockWeight((BlockMatrix(rows, "MXFP4"),), isinstance(stored, str), interleaved)
         if form == "codes":
             parts = coded_parts(matrices)
             found = self._find_or_pack(
@@ -108,6 +113,11 @@ class PackedWeights:
             return self._find_or_pack(f"experts {stored} {cpu.PACKING}", sources, 1, pack)[0]
         values, scales = self._find_or_pack(f"experts {_form_of_bits(stored)}", sources, 2, pack)
         return QuantizedWeight(values, scales, stored)
+
+    def _interleaved(self, weight: ExpertWeight) -> BlockWeight:
+        """Copies of the file's bytes, which are made as fast as a stored copy would be read: none is stored."""
+        assert isinstance(weight, BlockWeight)
+        return cpu.interleave_blocks(weight, self._or_else(zeros), self._release)
 
     def _find_or_pack(
         self, form: str, weights: Sequence[Tensor], num_parts: int, pack: Callable[[], tuple[Tensor, ...]]
