@@ -269,7 +269,7 @@ class TestRefusals:
             (
                 {"quantization_config": {"quant_method": "hqq"}},
                 'quantization_config is "hqq"; supported: floats, gptq, awq, compressed-tensors, fp8, bitsandbytes, '
-                "mxfp4, torchao",
+                "torchao, mxfp4",
             ),
         ],
         ids=str,
