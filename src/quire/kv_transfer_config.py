@@ -82,7 +82,8 @@ class KVTransferConfig:
         example = {"kv_role": CONSUMER, "kv_key_file": "kv.key"}
         value = read_object("kv_transfer_config", value, example)
         check_keys("kv_transfer_config", value, [field.name for field in fields(cls)])
-        for name in example:
+        for name, text in example.items():
             if not isinstance(value.get(name), str):
-                raise ConfigError(f"kv_transfer_config: {name} is {value.get(name)!r}; give it, as in {example}")
+                given = value.get(name)
+                raise ConfigError(f'kv_transfer_config: {name} is {given!r}; give it, as in "{name}": "{text}"')
         return cls(**value)
