@@ -59,7 +59,7 @@ def test_keys_that_are_none(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "kv.key"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match="kv_transfer_config: .*kv.key"):
+    with pytest.raises(ConfigError, match=r"kv_transfer_config: .*kv\.key"):
         KVTransferConfig.read(_PRODUCER | {"kv_key_file": str(path)}).read_key()
 
 
