@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,11 +39,11 @@ def test_arrivals_are_sorted_and_begin_at_zero(tmp_path: Path, text: str) -> Non
     assert read_trace(path).rows == [TraceRow(1, 2, 0.0), TraceRow(3, 4, 2.5)]
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_mooncake_lines(tmp_path: Path, zipped: bool) -> None:
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress])
+def test_mooncake_lines(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "a.anything"
     content = "".join(json.dumps(row) + "\n" for row in MOONCAKE).encode()
-    path.write_bytes(gzip.compress(content) if zipped else content)
+    path.write_bytes(compress(content))
     trace = read_trace(path)
     assert trace.rows == [TraceRow(1024, 7, 0.0, (1, 9)), TraceRow(513, 2, 3.0, (1, 2))]
     assert trace.has_prefixes
@@ -98,8 +100,10 @@ def test_names_are_looked_up_in_the_folder(tmp_path: Path) -> None:
         find_trace("chat", tmp_path)
 
 
-def test_a_truncated_archive(tmp_path: Path) -> None:
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(b"prompt_tokens,output_tokens\n1,2\n")[:-9])
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+@pytest.mark.parametrize("spoil", [lambda content: content[:-9], lambda content: content[:24] + b"\xff" * 30])
+def test_spoilt_archives(tmp_path: Path, compress: Callable[[bytes], bytes], spoil: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(spoil(compress(b"prompt_tokens,output_tokens\n1,2\n" * 9)))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_trace(path)

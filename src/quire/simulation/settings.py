@@ -21,7 +21,7 @@ class SimulationSettings:
 
     trace: str = ""
     """sharegpt, sharegpt-turns, alpaca, mooncake, azure-conv or azure-code, which come with the package; or a file of
-    request lengths (CSV, JSONL, either with .gz), or its name in the traces folder."""
+    request lengths (CSV, JSONL, also as .gz or .xz), or its name in the traces folder."""
     traces_dir: str = "."
     """Folder in which a trace is looked up by name."""
     model: str = "OPT-13B"

@@ -1,14 +1,16 @@
 """Traces: the requests that a server received, as lengths, times and prefixes, in the formats they are published in.
 
-A trace is CSV with a header, or JSON lines; either may be gzipped. A row has the number of tokens of its prompt and of
-its output. It may have an arrival time, a `tenant`, a limit (`max_tokens`), and ids for the blocks of its prompt
-(`hash_ids`, as in Mooncake's traces): one number per 512 tokens, equal for prompts that are equal up to there.
+A trace is CSV with a header, or JSON lines; either may be compressed by gzip or xz. A row has the number of tokens of
+its prompt and of its output. It may have an arrival time, a `tenant`, a limit (`max_tokens`), and ids for the blocks of
+its prompt (`hash_ids`, as in Mooncake's traces): a number per 512 tokens, equal for prompts that are equal up to there.
 """
 
 import csv
 import gzip
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,13 +31,13 @@ BUNDLED_TRACES = {
     "sharegpt": "sharegpt_papermean.csv.gz",
     "sharegpt-turns": "sharegpt_turns.csv.gz",
     "alpaca": "alpaca_like.csv.gz",
-    "mooncake": "mooncake_conversation.jsonl.gz",
+    "mooncake": "mooncake_conversation.jsonl.xz",
     "azure-conv": "azure_conv.csv.gz",
     "azure-code": "azure_code.csv.gz",
 }
 """Name → file in `TRACES`."""
 
-_SUFFIXES = ("", ".csv", ".jsonl", ".jsonl.gz", ".csv.gz")
+_SUFFIXES = ("", ".csv", ".jsonl", ".jsonl.gz", ".csv.gz", ".jsonl.xz", ".csv.xz")
 _PROMPT = ("prompt_tokens", "input_length", "ContextTokens", "num_prefill_tokens", "Request tokens")
 _OUTPUT = ("output_tokens", "output_length", "GeneratedTokens", "num_decode_tokens", "Response tokens")
 _ARRIVAL_UNITS = {"arrival_s": 1.0, "arrived_at": 1.0, "timestamp": 1e-3, "TIMESTAMP": 1.0, "Timestamp": 1.0}
@@ -99,9 +101,8 @@ def read_trace(path: str | Path) -> Trace:
     """Read a trace. Raises `ConfigError`, with the line, if the file is not a trace."""
     path = Path(path)
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = _decompress(path.read_bytes()).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace {path} cannot be read: {error}") from error
     rows: list[TraceRow] = []
     num_skipped = 0
@@ -123,6 +124,12 @@ def read_trace(path: str | Path) -> Trace:
         first = rows[0].arrival or 0.0
         rows = [row._replace(arrival=(row.arrival or 0.0) - first) for row in rows]
     return Trace(path.name, rows, num_skipped)
+
+
+def _decompress(content: bytes) -> bytes:
+    if content.startswith(b"\x1f\x8b"):
+        return gzip.decompress(content)
+    return lzma.decompress(content) if content.startswith(b"\xfd7zXZ\0") else content
 
 
 def unbounded_hit_percent(rows: Iterable[TraceRow], *, of_tokens: bool = False) -> float | None:
