@@ -75,7 +75,7 @@ def test_score(reranker: tuple[RunningServer, LLM]) -> None:
         ("/rerank", {"query": QUERY, "documents": ["dog " * 60]}, "documents"),
         ("/rerank", {"query": QUERY, "documents": ["x"], "top_n": -1}, "top_n"),
         ("/rerank", {"query": QUERY, "documents": ["x"], "max_tokens_per_doc": 0}, "max_tokens_per_doc"),
-        ("/rerank", {"documents": ["x"]}, None),
+        ("/rerank", {"documents": ["x"]}, "query"),
         ("/score", {"text_1": "a"}, "data_2"),
         ("/score", {"text_1": [], "text_2": "a"}, "text_1"),
         ("/score", {"text_1": "a", "data_1": "b", "text_2": "c"}, "data_1"),
@@ -86,9 +86,7 @@ def test_score(reranker: tuple[RunningServer, LLM]) -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "model"),
     ],
 )
-def test_refuses_by_name(
-    reranker: tuple[RunningServer, LLM], path: str, body: dict[str, Any], param: str | None
-) -> None:
+def test_refuses_by_name(reranker: tuple[RunningServer, LLM], path: str, body: dict[str, Any], param: str) -> None:
     response, reply = reranker[0].send("POST", path, body)
     assert response.status == 400, reply
     assert reply["error"]["param"] == param, reply

@@ -72,7 +72,12 @@ def run_engine(
     class RecordingRunner(ModelRunner):
         def launch(self, plan: StepPlan) -> PendingStep:
             recording.note(plan)
-            return super().launch(plan)
+            started = time.perf_counter()
+            pending = super().launch(plan)
+            pending.result()  # the scheduler hears of it when the clock says so, as in a simulation
+            recording.seconds.append(time.perf_counter() - started)
+            recording.now += recording.seconds[-1]
+            return pending
 
     monkeypatch.setattr(build, "ModelRunner", RecordingRunner)
     monkeypatch.setattr(build, "Scheduler", partial(Scheduler, clock=lambda: recording.now))
@@ -115,13 +120,9 @@ def run_engine(
         if not core.has_work:
             recording.now = max(recording.now, waiting[0][1].arrival or 0.0)
             continue
-        started = time.perf_counter()
-        deltas = core.step()
-        for delta in deltas:
+        for delta in core.step():
             num_tokens = len(delta.token_ids)
             recording.lengths[delta.request_id] = recording.lengths.get(delta.request_id, 0) + num_tokens
-        recording.seconds.append(time.perf_counter() - started)
-        recording.now += recording.seconds[-1]
     core.close()
     return recording
 

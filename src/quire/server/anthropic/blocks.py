@@ -208,9 +208,9 @@ def is_hosted_block(kind: str) -> bool:
 def hosted_types(request: PromptFields) -> list[str]:
     """Types of the tools that run on Anthropic's servers, and of the blocks that tell of them."""
     contents = [message.content for message in request.messages if isinstance(message.content, list)]
-    kinds = {block.get("type") for content in contents for block in content}
+    kinds = [block.get("type") for content in contents for block in content]
     tools = {str(tool.type) for tool in request.tools or () if is_hosted(tool)}
-    return sorted(tools | {kind for kind in kinds if isinstance(kind, str) and is_hosted_block(kind)})
+    return sorted(tools.union(kind for kind in kinds if isinstance(kind, str) and is_hosted_block(kind)))
 
 
 def is_hosted(tool: Tool) -> bool:
