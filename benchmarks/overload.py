@@ -197,7 +197,7 @@ def probe(port: int, seconds: float, key: str = LIGHT, *, clients: int = PROBES,
         time.sleep(random.uniform(0.0, pause))
         while time.monotonic() < until:
             ask(port, key, mine)
-            time.sleep(random.expovariate(1.0 / pause))
+            time.sleep(pause * random.expovariate(1.0))
         seen.add(mine)
 
     threads = [threading.Thread(target=client) for _ in range(clients)]

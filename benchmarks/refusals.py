@@ -12,12 +12,11 @@ run.
 import argparse
 import os
 import statistics
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.overload import HEAVY, QUEUE, SEATS, Generator, Seen, ask, percentile, with_server
+from benchmarks.overload import HEAVY, QUEUE, SEATS, Generator, Seen, ask, percentile, probe, with_server
 
 TOKENS = 900
 CLIENTS = 2
@@ -46,24 +45,6 @@ class Use:
         return Use(self.worked - before.worked, self.waited - before.waited)
 
 
-def refuse(port: int, seconds: float) -> Seen:
-    """What clients see that ask for so long."""
-    seen, until = Seen(), time.monotonic() + seconds
-
-    def client() -> None:
-        mine = Seen()
-        while time.monotonic() < until:
-            ask(port, HEAVY, mine)
-        seen.add(mine)
-
-    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return seen
-
-
 def wait_full(port: int) -> None:
     """Return when a request is refused."""
     until, seen = time.monotonic() + FILL_SECONDS, Seen()
@@ -78,7 +59,7 @@ def measure(port: int, pid: int, generator: Generator, seconds: float, turns: in
         with generator.load(2 * seconds + FILL_SECONDS, clients=SEATS + QUEUE + CLIENTS, tokens=TOKENS):
             wait_full(port)
             before = Use.of(pid)
-            seen = refuse(port, seconds)
+            seen = probe(port, seconds, HEAVY, clients=CLIENTS, pause=0.0)
             asked = Use.of(pid).since(before)
             before = Use.of(pid)
             time.sleep(seconds)

@@ -20,7 +20,7 @@ from quire.router.settings import RouterSettings
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES
 from tests.router.fake_server import Asked, Died, FakeServer, event, marked
-from tests.router.test_proxy import DONE, STREAM, WHOLE, count_on, route, text_of
+from tests.router.test_proxy import DONE, STREAM, WHOLE, count_after, count_on, route, text_of
 from tests.server.test_tls import certificate
 
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
@@ -220,13 +220,7 @@ def test_servers_come_and_go_with_the_file(tmp_path: Path, caplog: pytest.LogCap
     """One that goes finishes its stream; a file that cannot be read changes nothing."""
     gate = asyncio.Event()
 
-    async def waits(asked: Asked) -> AsyncIterator[bytes]:
-        yield marked("t0", 0)
-        await gate.wait()
-        for token in range(1, 10):
-            yield marked(f"t{token}", token) if token < 9 else event("t9") + DONE
-
-    servers = [FakeServer(waits), FakeServer(count_on)]
+    servers = [FakeServer(count_after(gate)), FakeServer(count_on)]
     path = tmp_path / "servers"
 
     async def test(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:

@@ -44,6 +44,18 @@ def route(servers: list[FakeServer], test: Test, **options: Any) -> None:
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+def count_after(gate: asyncio.Event) -> Callable[[Asked], AsyncIterator[bytes]]:
+    """A whole answer that stops after its first token until `gate` is set."""
+
+    async def script(asked: Asked) -> AsyncIterator[bytes]:
+        yield marked("t0", 0)
+        await gate.wait()
+        for token in range(1, 10):
+            yield marked(f"t{token}", token) if token < 9 else event("t9") + DONE
+
+    return script
+
+
 def text_of(*parts: bytes, die: bool = False) -> Callable[[Asked], AsyncIterator[bytes]]:
     async def script(asked: Asked) -> AsyncIterator[bytes]:
         for part in parts:

@@ -5,15 +5,14 @@ import gc
 import os
 import signal
 import warnings
-from collections.abc import AsyncIterator
 
 import httpx
 
 from quire.router.serve import http_settings, serve
 from quire.router.settings import RouterSettings
 from quire.server.sockets import bind, url_of
-from tests.router.fake_server import Asked, FakeServer, event, marked
-from tests.router.test_proxy import DONE, STREAM, WHOLE
+from tests.router.fake_server import FakeServer
+from tests.router.test_proxy import STREAM, WHOLE, count_after
 
 NUM_STREAMS = 50
 
@@ -22,14 +21,8 @@ def test_a_stopped_router_ends_its_streams_first() -> None:
     """SIGTERM with fifty streams: each ends whole, and a new connection is refused."""
     gate = asyncio.Event()
 
-    async def waits(asked: Asked) -> AsyncIterator[bytes]:
-        yield marked("t0", 0)
-        await gate.wait()
-        for token in range(1, 10):
-            yield marked(f"t{token}", token) if token < 9 else event("t9") + DONE
-
     async def run() -> None:
-        async with FakeServer(waits).running() as one, FakeServer(waits).running() as other:
+        async with FakeServer(count_after(gate)).running() as one, FakeServer(count_after(gate)).running() as other:
             settings = RouterSettings(backends=(one.url, other.url), port=0)
             listener = bind(http_settings(settings))
             url = url_of(listener)
