@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from quire.cluster.head_node import chosen_address, check_listens
+from quire.cluster.head_node import check_listens, chosen_address
 from quire.errors import ConfigError
 from tests.router.processes import free_port
 
@@ -28,7 +28,8 @@ def test_an_option_goes_before_the_environment(given: str | None, variable: str 
 
 
 @pytest.mark.parametrize(
-    "address", ["10.0.0.1", ":6379", "head:", "head:ray", "head:0", "head:65536", "http://head:8265", "ray://head:10001"]
+    "address",
+    ["10.0.0.1", ":6379", "head:", "head:ray", "head:0", "head:65536", "http://head:8265", "ray://head:10001"],
 )
 def test_a_wrong_address_is_named_with_the_right_form(address: str) -> None:
     for given, environment, source in ((address, {}, "address"), (None, {"RAY_ADDRESS": address}, "RAY_ADDRESS")):

@@ -189,17 +189,26 @@ def listener_of(port: int) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--address", "127.0.0.1:9"), "no Ray cluster answers at 127.0.0.1:9"),
-        ((), "cannot listen on 127.0.0.1:{port}: address already in use"),
+        (("--address", "127.0.0.1:9"), "no Ray cluster answers at 127.0.0.1:9: connection refused"),
+        (("--address", "auto"), "no Ray cluster answers at 127.0.0.1:9: connection refused"),  # the last one died
+        (("--address", "{taken}"), "no Ray cluster answers at {taken}: "),  # something else listens there
+        ((), "cannot listen on {taken}: address already in use"),
         (("no/such/model",), "the replicas did not start: "),
     ],
 )
-def test_what_cannot_start_says_why(arguments: tuple[str, ...], message: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = free_port() if arguments else int(taken.getsockname()[1])
-        command = Process("cluster", "serve", *arguments)
+def test_what_cannot_start_says_why(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9")
+    if "auto" in arguments:
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = f"127.0.0.1:{server.getsockname()[1]}"
+        port = free_port() if arguments else int(server.getsockname()[1])
+        command = Process("cluster", "serve", *(each.format(taken=taken) for each in arguments))
         with command:
             command.start(port=port)
             status = command._process.wait(400)
-        assert (status, message.format(port=port) in "".join(command.lines)) == (2, True), command.lines
+        assert (status, message.format(taken=taken) in "".join(command.lines)) == (2, True), command.lines
         assert "Traceback" not in "".join(command.lines)

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.services import get_ray_address_from_environment as ray_address
 from ray.serve.context import _get_global_client as serve_client
 
 from quire.cluster.application import APP_NAME, make_application
@@ -38,10 +39,13 @@ def join_ray(address: str) -> None:
     """Join the Ray cluster at `address`, or start one here. Raises `ConfigError` if that cannot be done."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
     if address != LOCAL:
-        if address != AUTO:
-            check_listens(address)
         try:
+            if address == AUTO:  # it may be that of a cluster that died
+                address = ray_address(AUTO, None)
+            check_listens(address)
             ray.init(address=address, **quiet)
+        except ConfigError:
+            raise
         except Exception as error:  # Ray raises plain exceptions too
             raise no_cluster(address, _reason(error)) from None
         return

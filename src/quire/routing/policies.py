@@ -68,10 +68,10 @@ class LeastWork:
         totals = [load.total_tokens for load in loads]
         most = self.most_ahead * sum(totals) / len(totals) + self.free_share * prompt.num_tokens
         context_cost = self.context_cost
-        num_delayed = 1 + sum(load.num_waiting for load in loads) / len(loads)
+        num_delayed = 1 + sum([load.num_waiting for load in loads]) / len(loads)
         costs = [(load.queued_tokens + context_cost * load.context_tokens) / num_delayed for load in loads]
         if max(totals) > most:
-            costs = [cost + max(0.0, total - most) for cost, total in zip(costs, totals, strict=True)]
+            costs = [cost + (total - most) if total > most else cost for cost, total in zip(costs, totals, strict=True)]
         slack = self.slack * prompt.num_tokens
         if not prompt.blocks or not index.finder()(prompt.blocks[0]):
             limit = min(costs) + slack
@@ -79,11 +79,14 @@ class LeastWork:
             return replicas[min(near)[1]]
         savings = _Savings(prompt, replicas, index, 1 - self.lower_tier_cost)
         limit = savings.least_cost(costs) + slack
-        best, least = 0, math.inf
-        for place, total in enumerate(totals):
-            if total < least and (costs[place] <= limit or savings.bring_below(limit, costs[place], place)):
-                best, least = place, total
-        return replicas[best]
+        highest = limit + savings.most
+        near = [(totals[place], place) for place, cost in enumerate(costs) if cost <= highest]
+        found = (
+            place
+            for _, place in sorted(near)
+            if costs[place] <= limit or savings.bring_below(limit, costs[place], place)
+        )
+        return replicas[next(found)]  # that of the least cost at least
 
 
 class _Savings:
@@ -105,19 +108,23 @@ class _Savings:
         self._lower_tier_share = lower_tier_share
         self._longest = index.prefix_length(ANY_REPLICA, self._blocks)
         """Most blocks that any replica holds."""
+        self.most = self._longest * self._size
+        """Tokens that no replica saves more than."""
 
     def least_cost(self, costs: Sequence[float]) -> float:
         """The least of `costs`, one per replica without savings, when each has its savings taken off."""
-        least, size, most = min(costs), self._size, self._longest * self._size
+        least, size, most = min(costs), self._size, self.most
         find, blocks, numbers = self._find, self._blocks, self._numbers
         if not self._has_lower_tiers:  # one that holds the longest prefix is a good first guess
             last = find(blocks[self._longest - 1]) or 0
             firsts = [cost for cost, number in zip(costs, numbers, strict=True) if last >> number & 1]
             least = min([least, *(cost - most for cost in firsts)])
-        for cost, number in sorted(zip(costs, numbers, strict=True)):
+        # No replica saves more than the longest prefix.
+        near = [(cost, number) for cost, number in zip(costs, numbers, strict=True) if cost - least < most]
+        for cost, number in sorted(near):
             gap = cost - least
             if gap >= most:
-                break  # no replica saves more than the longest prefix, and the others cost more without savings
+                break
             # To cost less than the least so far it must save more than the gap.
             needed = int(gap / size) if gap > 0 else 0
             if (find(blocks[needed]) or 0) >> number & 1:

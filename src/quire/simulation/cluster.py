@@ -206,9 +206,7 @@ class ClusterSimulation:
         if node.begin(self.now):
             self._await_end(number)
         elif (
-            self._updating[:1] == [number]
-            and not node.scheduler.has_work
-            and _name(number) not in self._fleet.replicas
+            self._updating[:1] == [number] and not node.scheduler.has_work and _name(number) not in self._fleet.replicas
         ):
             self._restart(number)
 
