@@ -188,10 +188,10 @@ def state_of(scheduler: Scheduler) -> object:
     return tables, scheduler.stats(), scheduler.pool.hashes, list(scheduler.pool.free_order())
 
 
-@pytest.mark.parametrize("num_blocks", [40, 12])
+@pytest.mark.parametrize("num_blocks", [40, 14])
 @pytest.mark.parametrize("seed", range(6))
 def test_plain_steps_at_once_leave_what_they_leave_one_by_one(seed: int, num_blocks: int) -> None:
-    """With 12 blocks groups are preempted and wait."""
+    """With 14 blocks groups are preempted and wait."""
     draw, limits = random.Random(seed), SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=200)
     slow, fast = (Scheduler(BlockPool(num_blocks, 8), limits, clock=lambda: 0.0) for _ in range(2))
     num_at_once = 0
