@@ -176,3 +176,16 @@ def test_a_plan_downloads_no_weights(hub: StandInHub) -> None:
     assert {path.name for path in folder.iterdir()} == READ - {"model.safetensors"}
     # To serve it later fetches the rest.
     assert {path.name for path in Path(find("org/small")).iterdir()} == READ
+
+
+def test_a_gguf_file_comes_alone_with_all_its_parts(hub: StandInHub) -> None:
+    parts = {f"m-Q4_0-{number:05}-of-00002.gguf" for number in (1, 2)}
+    listed = READ | parts | {"m-Q8_0.gguf"}
+    hub.repositories["org/files"] = Repository({MAIN: {name: content(MAIN, name) for name in listed}})
+    path = Path(find("org/files:m-Q4_0-00001-of-00002.gguf"))
+    assert path.name == "m-Q4_0-00001-of-00002.gguf"
+    assert {each.name for each in path.parent.iterdir()} == parts
+    assert Path(find("org/files:m-Q8_0.gguf")).read_bytes() == content(MAIN, "m-Q8_0.gguf")
+    said = find("org/files:m-Q2_K.gguf")
+    assert said.startswith("org/files has no file m-Q2_K.gguf")
+    assert hub.endpoint in said
