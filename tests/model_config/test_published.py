@@ -110,6 +110,16 @@ def test_unknown_families_are_estimated(name: str, tmp_path: Path) -> None:
     assert estimate.architecture == config["architectures"][0]
 
 
+def test_of_sizes_for_each_layer_the_largest_counts(tmp_path: Path) -> None:
+    config, _ = UNKNOWN["gpt-oss-20b"]
+    expected = ModelConfig.estimated(write(tmp_path, config))
+    sizes = [2880, 1024] * 12
+    assert ModelConfig.estimated(write(tmp_path, config | {"intermediate_size": sizes})) == expected
+    for bad in ([], [2880, "x"], [2880, 0], [True]):
+        with pytest.raises(CheckpointError, match="intermediate_size is "):
+            ModelConfig.estimated(write(tmp_path, config | {"intermediate_size": bad}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
