@@ -1,6 +1,7 @@
 """Compare the router's policies: in simulated clusters (hits, latency, balance), and the time of one decision.
 
-python -m benchmarks.routing --replicas 8 --rate 0.6 --sessions 96
+python -m benchmarks.routing --replicas 8 --rate 0.6 --num-requests 96
+python -m benchmarks.routing --replicas 1000 --rate 20 --num-requests 2000 --policies least-work,round-robin
 python -m benchmarks.routing --trace mooncake_conversation --traces-dir DIR --replicas 8 --num-requests 1500
 python -m benchmarks.routing --decisions --replicas 64
 """
@@ -10,6 +11,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
+from statistics import median
 
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES, LeastWork, Prompt
@@ -30,6 +32,7 @@ _COLUMNS = (
     ("ttft_p50", "TTFT p50 s"),
     ("ttft_p99", "TTFT p99 s"),
     ("most_work_to_mean", "most/mean work"),
+    ("device_hours_per_1k", "device hours/1,000 good"),
     ("moved", "moved"),
     ("lost", "lost"),
 )
@@ -71,7 +74,7 @@ def compare(options: argparse.Namespace) -> None:
         max_num_batched_tokens=8192,
     )
     model, device = find_model_shape(options.model), find_device(options.device)
-    print(" | ".join(["policy", *(title for _, title in _COLUMNS)]))
+    print(" | ".join(["policy", *(title for _, title in _COLUMNS), "CPU s"]))
     for policy in options.policies.split(","):
         cluster = ClusterSettings(
             cluster=options.replicas,
@@ -80,12 +83,18 @@ def compare(options: argparse.Namespace) -> None:
             deaths=tuple(options.deaths),
             rolling_update=options.rolling_update,
         )
+        started = time.process_time()
         figures = run_cluster(trace, model, device, settings, cluster)
-        print(" | ".join([policy, *(f"{figures[name]:.2f}" for name, _ in _COLUMNS)]), flush=True)
+        shown = ["–" if figures[name] is None else f"{figures[name]:.2f}" for name, _ in _COLUMNS]
+        print(" | ".join([policy, *shown, f"{time.process_time() - started:.0f}"]), flush=True)
 
 
 def measure_decisions(num_replicas: int, num_tokens: int, block_size: int = 16) -> None:
-    """Print microseconds of processor time of `LeastWork`, for prompts that replicas hold to different extents."""
+    """Print microseconds of processor time of `LeastWork`, for prompts that replicas hold to different extents.
+
+    Prompts come with their block hashes. Each is decided again and again, and once after other work has emptied the
+    processor's caches. `Fleet.choose` also enters the prompt's blocks into the index, where they are known by then.
+    """
     draw = random.Random(0)
     num_blocks = num_tokens // block_size
     kinds: tuple[tuple[str, Callable[[], list[int]]], ...] = (
@@ -95,6 +104,7 @@ def measure_decisions(num_replicas: int, num_tokens: int, block_size: int = 16) 
         ("every replica holds another length", lambda: [draw.randrange(num_blocks) for _ in range(num_replicas)]),
         ("every replica holds all", lambda: [num_blocks] * num_replicas),
     )
+    print(f"{'replicas hold of the prompt':51} | loads   | p50 µs | p90 µs | p50 cold | p50 of Fleet.choose")
     for (title, lengths), busy in itertools.product(kinds, (False, True)):
         fleet = Fleet(LeastWork(), max_blocks=2**17)
         replicas = [fleet.join(f"replica-{number}") for number in range(num_replicas)]
@@ -107,14 +117,35 @@ def measure_decisions(num_replicas: int, num_tokens: int, block_size: int = 16) 
             for replica, length in zip(replicas, lengths(), strict=False):
                 fleet.stored(replica.name, blocks[:length])
             prompts.append(Prompt(blocks, num_tokens, block_size))
-        policy, seconds = LeastWork(), []
-        for prompt in prompts * 20:
-            started = time.thread_time()  # without the time that other processes take
-            policy.choose(prompt, replicas, fleet.index)
-            seconds.append(time.thread_time() - started)
-        seconds.sort()
-        p50, p90 = (seconds[len(seconds) * percent // 100] * 1e6 for percent in (50, 90))
-        print(f"{title}{', with unequal loads' if busy else ''}: {p50:.0f} µs (p90 {p90:.0f} µs)")
+        policy = LeastWork()
+
+        def decide(prompt: Prompt) -> None:
+            policy.choose(prompt, replicas, fleet.index)  # noqa: B023  # called at once
+
+        def send(prompt: Prompt) -> None:
+            work = fleet.choose(prompt)  # noqa: B023  # called at once
+            assert work is not None
+            fleet.end(work)  # noqa: B023  # called at once
+
+        warm = processor_times(decide, prompts * 20)
+        cold = processor_times(decide, prompts, empty_caches=True)
+        whole = processor_times(send, prompts * 5)
+        figures = (
+            f"{median(warm):6.0f} | {warm[len(warm) * 90 // 100]:6.0f} | {median(cold):8.0f} | {median(whole):6.0f}"
+        )
+        print(f"{title:51} | {'unequal' if busy else 'none':7} | {figures}", flush=True)
+
+
+def processor_times(act: Callable[[Prompt], None], prompts: list[Prompt], *, empty_caches: bool = False) -> list[float]:
+    """Sorted microseconds of processor time, without what other processes take."""
+    times = []
+    for prompt in prompts:
+        if empty_caches:
+            bytearray(b"x") * 2**26
+        started = time.thread_time()
+        act(prompt)
+        times.append(1e6 * (time.thread_time() - started))
+    return sorted(times)
 
 
 if __name__ == "__main__":

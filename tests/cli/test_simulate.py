@@ -3,10 +3,12 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quire.cli.commands import run
+from quire.cli.simulate_tables import CLUSTER
 from quire.simulation.trace import BUNDLED_TRACES, TRACES
 
 PROMISED = (
@@ -118,6 +120,34 @@ def test_a_cluster_compares_ways_to_route(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "1 session of agents on 2 replicas of Llama-3.1-8B" in said
     assert max(map(len, said.splitlines())) <= 80
+
+
+def test_deaths_updates_and_limits_of_a_cluster_show_in_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "runs.json"
+    made = ["--cluster", "2", "--num-requests", "2", "--rate", "1", "--kv-slots", "90000", "--json", str(file)]
+
+    def table(*options: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """The figures, and what the table shows of them."""
+        assert run(["simulate", *made, *options]) == 0
+        said = capsys.readouterr().out
+        assert max(map(len, said.splitlines())) <= 80
+        title, _, row, *_ = said.splitlines()[2:]
+        assert title.split()[1:] == ["hits", "oracle", "TTFT", "TTFT", "goodput", "refused", "load", "cost"]
+        shown = dict(zip((column.figure for column in CLUSTER), row.split()[1:], strict=True))
+        return json.loads(file.read_text()), shown
+
+    quiet, shown = table()
+    assert (quiet["moved"], quiet["refused"], quiet["lost"]) == (0, 0, 0)
+    assert float(shown["device_hours_per_1k"]) == pytest.approx(quiet["device_hours_per_1k"], rel=0.01)
+    assert float(shown["goodput_per_s"]) == pytest.approx(quiet["goodput_per_s"], rel=0.01)
+    failing, _ = table("--deaths", "20:0", "--deaths", "21:1", "--rolling-update", "60", "--restart-time", "2")
+    assert (failing["moved"] > 0, failing["lost"], failing["finished"]) == (True, 0, quiet["finished"])
+    assert failing["prefix_hit_pct"] < quiet["prefix_hit_pct"]
+    assert failing["ttft_p99"] > quiet["ttft_p99"]
+    full, shown = table("--max-replica-requests", "1", "--cluster", "1")
+    assert full["refused"] == int(shown["refused"]) > 0
 
 
 def test_groups_of_prompts_find_their_beginning(tmp_path: Path) -> None:

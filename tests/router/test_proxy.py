@@ -349,7 +349,19 @@ def test_health_and_state_say_which_servers_take_requests() -> None:
         ({"backends": "http://a", "server_timeout": -1}, "must be from 0 to"),
         ({"backends": "http://a,http://a/"}, "twice"),
         ({"backends": "http://a", "kv_events": "tcp://a:1,tcp://b:1"}, "2 addresses for 1 backends"),
-        ({"backends": "http://a", "kv_events": "a:1"}, "tcp://host:5557"),
+        *(
+            ({"backends": "http://a", "kv_events": address}, "tcp://host:5557")
+            for address in (
+                "a:1",
+                "tcp://a",
+                "tcp://a:x",
+                "tcp://a:0",
+                "tcp://a:65536",
+                "tcp://:1",
+                "tcp://[::1",
+                "ipc://",
+            )
+        ),
         ({"backends": "http://a", "decode": "http://b"}, "decode and backends are both given"),
         ({"decode": "http://a", "prefill": "b:1"}, "prefill has 'b:1', which is no URL of a server"),
         ({"decode": "http://a", "prefill": "http://a"}, "prefill has http://a, which is also among those that answer"),

@@ -12,6 +12,7 @@ from quire.routing.prefix_index import DEVICE, DISK, HOST, PrefixIndex
 from quire.routing.replica import Load, Replica
 
 SIZE = 16
+TIERS = (DEVICE, HOST, DISK)
 
 
 def prompt(seed: int, num_blocks: int = 32, session: str = "") -> Prompt:
@@ -232,3 +233,18 @@ def test_few_conversations_stay_where_they_are_among_many_replicas() -> None:
             routed.end(work)
             assert homes.setdefault(session, work.replica.name) == work.replica.name
     assert len(set(homes.values())) == 5
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(seed=st.integers(0, 10_000))
+def test_holes_in_what_replicas_hold_harm_nothing(policy: str, seed: int) -> None:
+    """Late news, or a bounded index, leave any blocks of a prompt known in any tier."""
+    draw, routed, asked = random.Random(seed), fleet(policy, num_replicas=5), prompt(7, 12)
+    for replica in routed.replicas.values():
+        share = draw.random()
+        routed.stored(replica.name, [block for block in asked.blocks if draw.random() < share], draw.choice(TIERS))
+        replica.load.queued_tokens = draw.choice([0, draw.randrange(400)])
+        replica.load.total_tokens = draw.randrange(2000)
+    work = routed.choose(asked)
+    assert work is not None
+    assert 1 <= work.num_new_tokens <= asked.num_tokens

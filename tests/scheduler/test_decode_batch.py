@@ -1,10 +1,14 @@
 """DecodeBatch, through the scheduler. That every promise holds with it is for the state machine of `test_scheduler`."""
 
+import random
 from collections.abc import Sequence
 
 import pytest
 
+from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler.draft_planner import DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
+from quire.scheduler.scheduler import Scheduler
 from quire.speculative_config import SpeculativeConfig
 from quire.step import StepPlan, StepResult
 from tests.scheduler.checked_engine import Engine, new_request
@@ -169,3 +173,45 @@ def test_whose_stop_token_ends_whom() -> None:
     assert [client.finish_reasons for client in others] == 4 * [{0: "length"}]
     assert any(STOP_TOKEN in client.token_ids[0] or EOS in client.token_ids[0] for client in others)
     assert {0: "stop"} in [client.finish_reasons for client in stopping]
+
+
+def advance(scheduler: Scheduler) -> None:
+    plan = scheduler.schedule()
+    num_samples = len(plan.sample_rows)
+    scheduler.update(plan, StepResult([9] * num_samples, [None] * num_samples, [None] * num_samples))
+
+
+def state_of(scheduler: Scheduler) -> object:
+    scheduler.update_fill()
+    sequences = [sequence for group in scheduler.groups.values() for sequence in group.sequences]
+    tables = [(sequence.sample, sequence.token_ids, sequence.table.groups) for sequence in sequences]
+    return tables, scheduler.stats(), scheduler.pool.hashes, list(scheduler.pool.free_order())
+
+
+@pytest.mark.parametrize("num_blocks", [40, 14])
+@pytest.mark.parametrize("seed", range(6))
+def test_plain_steps_at_once_leave_what_they_leave_one_by_one(seed: int, num_blocks: int) -> None:
+    """With 14 blocks groups are preempted and wait."""
+    draw, limits = random.Random(seed), SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=200)
+    slow, fast = (Scheduler(BlockPool(num_blocks, 8), limits, clock=lambda: 0.0) for _ in range(2))
+    num_at_once = 0
+    for number in range(6):
+        request = new_request(f"{number}", draw.randint(1, 30), draw.randint(1, 40), n=draw.choice([1, 1, 2]))
+        for scheduler in (slow, fast):
+            scheduler.add(request)
+        for _ in range(draw.randint(1, 25) if number < 5 else 1000):
+            if not fast.has_work:
+                break
+            plain = fast.plain_steps()
+            if plain.num_steps:
+                num_steps = draw.randint(1, plain.num_steps)
+                num_at_once += num_steps
+                fast.repeat_plain_steps(num_steps, 9)
+            else:
+                advance(fast)
+            while slow.stats().total_steps < fast.stats().total_steps:
+                advance(slow)
+            assert state_of(slow) == state_of(fast)
+    assert num_at_once > 20
+    assert not slow.has_work
+    assert not fast.has_work

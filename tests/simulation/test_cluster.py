@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from quire.errors import ConfigError
+from quire.scheduler.decode_batch import PlainSteps
+from quire.scheduler.scheduler import Scheduler
 from quire.simulation.cluster_settings import ClusterSettings
 from quire.simulation.cluster_workload import AgentShape, GroupShape, agent_sessions, group_sessions
 from quire.simulation.oracles import EqualCapacity, ForgetsNothing
@@ -120,6 +122,39 @@ def test_the_same_seed_gives_the_same_figures() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"routing": "round-robin", "event_delay": 3.0, "kv_slots": 4_000},
+        {"deaths": ("3:0", "6.5:1", "9:2"), "rolling_update": 12.0},
+        {
+            "trace": None,
+            "rate": 3.0,
+            "num_requests": 3,
+            "deaths": ("40:0",),
+            "kv_slots": 90_000,
+            "max_model_len": 90_000,
+        },
+    ],
+)
+def test_runs_of_plain_steps_change_no_figure(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"trace": SHARED, **options}
+    figures, num_plain = run(**asked), 0
+    each = Scheduler.plain_steps
+
+    def counted(scheduler: Scheduler) -> PlainSteps:
+        nonlocal num_plain
+        num_plain += each(scheduler).num_steps > 1
+        return PlainSteps(0)
+
+    monkeypatch.setattr(Scheduler, "plain_steps", counted)
+    step_by_step = run(**asked)
+    assert num_plain > 20
+    assert figures.pop("most_busy_to_mean") == pytest.approx(step_by_step.pop("most_busy_to_mean"))
+    assert figures == step_by_step
 
 
 def test_agents_need_a_rate() -> None:

@@ -10,10 +10,13 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from quire.cli.options import ModelArgument, flags
+from quire.cluster.head_node import check_listens, chosen_address
 from quire.cluster.options import ClusterOptions, ClusterSettings
 from quire.config import EngineConfig
 from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
+
+_ADDRESS = "Head node of a Ray cluster, as HOST:PORT or auto. Default: RAY_ADDRESS, else start a cluster here."
 
 
 @flags(ClusterSettings, EngineConfig, ServerSettings)
@@ -21,7 +24,7 @@ def cluster_serve(
     model: ModelArgument = "",
     *,
     config: Path | None = None,
-    address: Annotated[str | None, Parameter(help="Address of a Ray cluster. Default: start one here.")] = None,
+    address: Annotated[str | None, Parameter(help=_ADDRESS)] = None,
     **options: Any,
 ) -> int:
     """Serve replicas of a model on Ray, behind a router that knows their blocks.
@@ -39,6 +42,8 @@ def cluster_serve(
     checked = ClusterOptions.of(given)
     shown = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     ServerSettings(**{**checked.server, **shown})  # a public address needs API keys
+    head = chosen_address(address)
+    check_listens(head)  # before Ray is loaded, which takes seconds
     try:
         from quire.cluster.start import deploy, join_ray, leave, start_serve, watch_head
     except ImportError:
@@ -47,7 +52,7 @@ def cluster_serve(
     def report(line: str) -> None:
         print(f"quire cluster [{time.perf_counter() - started:6.2f} s] {line}", file=sys.stderr, flush=True)
 
-    join_ray(address)
+    join_ray(head)
     report("Ray is there")
     url = start_serve(host, port)
     deploy(given)
@@ -58,5 +63,5 @@ def cluster_serve(
         signal.signal(number, lambda *_: stopped.set())
     watch_head(stopped)
     report("stopping: replicas finish their requests")
-    leave(address)
+    leave(head)
     return 0

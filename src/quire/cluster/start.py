@@ -8,11 +8,14 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
 import ray
 from ray import serve
+from ray._private.services import get_ray_address_from_environment as ray_address
 from ray.serve.context import _get_global_client as serve_client
 
 from quire.cluster.application import APP_NAME, make_application
+from quire.cluster.head_node import AUTO, LOCAL, check_listens, no_cluster
 from quire.errors import ConfigError, EngineDeadError
 from quire.server.settings import ServerSettings
 from quire.server.sockets import bind
@@ -29,33 +32,51 @@ _ENVIRONMENT = {
 
 _STARTS = 5
 """Ray gives its own agents 15 seconds to start, which a busy machine exceeds. The next time they start faster."""
+_GRPC_SECONDS = 20.0
+"""Time in which a head node answers, also on a busy machine."""
 _LOOK_SECONDS, _MISSED_LOOKS = 2.0, 5
 """Seconds between looks at the head node, and looks without an answer after which it is dead."""
 
 
-def join_ray(address: str | None) -> None:
+def join_ray(address: str) -> None:
     """Join the Ray cluster at `address`, or start one here. Raises `ConfigError` if that cannot be done."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
-    if address is not None:
+    if address != LOCAL:
         try:
+            if address == AUTO:  # it may be that of a cluster that died
+                address = ray_address(AUTO, None)
+            check_listens(address)
+            _check_speaks_grpc(address)
             ray.init(address=address, **quiet)
+        except ConfigError:
+            raise
         except Exception as error:  # Ray raises plain exceptions too
-            raise ConfigError(
-                f"no Ray cluster answers at {address}: {_reason(error)}. Start its head node with `ray start --head`, "
-                "or leave out --address to start one here"
-            ) from None
+            raise no_cluster(address, _reason(error)) from None
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for attempt in range(_STARTS):
         try:
             # Ray's dashboard is a process of its own, which only Ray's other tools need.
-            ray.init(include_dashboard=False, **quiet)
+            ray.init(address=LOCAL, include_dashboard=False, **quiet)
             return
         except Exception as error:
             ray.shutdown()
             if attempt == _STARTS - 1:
                 raise ConfigError(f"Ray cannot be started here: {_reason(error)}") from None
+
+
+def _check_speaks_grpc(address: str) -> None:
+    """Raise `ConfigError` if what listens at an address is no head node: Ray would try for minutes."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # Ray knows the certificates
+    channel = grpc.insecure_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(_GRPC_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise no_cluster(address, "what listens there is no Ray head node, whose port is 6379 by default") from None
+    finally:
+        channel.close()
 
 
 def start_serve(host: str | None, port: int | None) -> str:
@@ -112,9 +133,9 @@ def watch_head(stopped: threading.Event) -> None:
                 ) from None
 
 
-def leave(address: str | None) -> None:
+def leave(address: str) -> None:
     """Drain the replicas and end them. A Ray cluster that was joined keeps its other applications."""
-    if address is None:
+    if address == LOCAL:
         serve.shutdown()
     else:
         serve.delete(APP_NAME)

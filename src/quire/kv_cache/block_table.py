@@ -61,6 +61,10 @@ class BlockTable:
         self._room = 0
         """Tokens that surely fit into the last blocks without a copy. 0 also means: not known."""
 
+    def know_hashes(self, hashes: Sequence[BlockHash]) -> None:
+        """Take hashes of the leading blocks that were computed elsewhere, before the first is needed here."""
+        self._hashes = list(hashes)
+
     @property
     def blocks(self) -> list[int]:
         """The blocks of the first KV group."""

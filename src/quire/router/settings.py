@@ -87,7 +87,7 @@ class RouterSettings:
                 "and a - for a server without events"
             )
         for address in self.kv_events:
-            if address != "-" and not address.startswith(("tcp://", "ipc://")):
+            if address != "-" and not _is_event_address(address):
                 raise ConfigError(f"kv_events has {address!r}; write it as tcp://host:5557 or ipc://path")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
@@ -108,6 +108,20 @@ class RouterSettings:
             raise ConfigError(f"prefill_timeout is {self.prefill_timeout}; it must be above 0, at most 3600 seconds")
         if not self.shutdown_timeout >= 0:
             raise ConfigError(f"shutdown_timeout is {self.shutdown_timeout}; it must be 0 or more seconds")
+
+
+_LONGEST_IPC = 108
+"""Bytes of a Unix socket's path are fewer."""
+
+
+def _is_event_address(address: str) -> bool:
+    if address.startswith("ipc://"):
+        return len("ipc://") < len(address) < _LONGEST_IPC
+    try:
+        parsed = urlsplit(address)
+        return parsed.scheme == "tcp" and bool(parsed.hostname) and bool(parsed.port) and not parsed.path
+    except ValueError:  # a port out of range, or half an IPv6 address
+        return False
 
 
 def check_urls(name: str, urls: Sequence[str]) -> None:

@@ -40,7 +40,9 @@ class Fleet:
 
         `end` must follow.
         """
-        usable = [each for each in self.replicas.values() if not each.is_full and each.name not in without]
+        usable = list(self.replicas.values())
+        if self._max_requests or without:
+            usable = [each for each in usable if not each.is_full and each.name not in without]
         if not usable:
             return None
         replica = self._policy.choose(prompt, usable, self.index)

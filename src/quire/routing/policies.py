@@ -66,24 +66,26 @@ class LeastWork:
     def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
         loads = [replica.load for replica in replicas]
         totals = [load.total_tokens for load in loads]
-        most = self.most_ahead * sum(totals) / len(totals) + self.free_share * prompt.num_tokens
-        context_cost = self.context_cost
-        num_delayed = 1 + sum(load.num_waiting for load in loads) / len(loads)
+        context_cost, num_delayed = self.context_cost, 1 + sum([load.num_waiting for load in loads]) / len(loads)
         costs = [(load.queued_tokens + context_cost * load.context_tokens) / num_delayed for load in loads]
+        most = self.most_ahead * sum(totals) / len(totals) + self.free_share * prompt.num_tokens
         if max(totals) > most:
-            costs = [cost + max(0.0, total - most) for cost, total in zip(costs, totals, strict=True)]
-        slack = self.slack * prompt.num_tokens
-        if not prompt.blocks or not index.finder()(prompt.blocks[0]):
-            limit = min(costs) + slack
-            near = [(totals[place], place) for place, cost in enumerate(costs) if cost <= limit]
-            return replicas[min(near)[1]]
-        savings = _Savings(prompt, replicas, index, 1 - self.lower_tier_cost)
-        limit = savings.least_cost(costs) + slack
-        best, least = 0, math.inf
-        for place, total in enumerate(totals):
-            if total < least and (costs[place] <= limit or savings.bring_below(limit, costs[place], place)):
-                best, least = place, total
-        return replicas[best]
+            for place, total in enumerate(totals):
+                if total > most:
+                    costs[place] += total - most
+        limit = self.slack * prompt.num_tokens
+        holders = index.finder()(prompt.blocks[0]) if prompt.blocks else None
+        if not holders:
+            limit += min(costs)
+            return replicas[min([(totals[place], place) for place, cost in enumerate(costs) if cost <= limit])[1]]
+        savings = _Savings(prompt, replicas, costs, index, holders, 1 - self.lower_tier_cost)
+        limit += savings.least_cost()
+        near = [(totals[place], place) for place, cost in enumerate(costs) if cost <= limit]
+        near += [(totals[place], place) for place in savings.holders if limit < costs[place] <= limit + savings.most]
+        near.sort()
+        # Where a replica has lost blocks in the middle of a prompt, perhaps none is as good as it seemed.
+        found = (place for _, place in near if costs[place] <= limit or savings.bring_below(limit, place))
+        return replicas[next(found, near[0][1])]
 
 
 class _Savings:
@@ -95,41 +97,54 @@ class _Savings:
     """
 
     def __init__(
-        self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex, lower_tier_share: float
+        self,
+        prompt: Prompt,
+        replicas: Sequence[Replica],
+        costs: Sequence[float],
+        index: PrefixIndex,
+        holders: int,
+        lower_tier_share: float,
     ) -> None:
+        """`costs` has one for each replica, without savings; `holders` a bit for each that holds the first block."""
         self._blocks, self._size = prompt.blocks, prompt.block_size
+        self._costs = costs
         self._numbers = [replica.number for replica in replicas]
+        self.holders = [place for place, number in enumerate(self._numbers) if holders >> number & 1]
+        """Places of the replicas that save anything."""
         self._index, self._find = index, index.finder()
         self._has_lower_tiers = index.has_lower_tiers
         self._find_fast = index.finder(DEVICE) if self._has_lower_tiers else self._find
         self._lower_tier_share = lower_tier_share
         self._longest = index.prefix_length(ANY_REPLICA, self._blocks)
         """Most blocks that any replica holds."""
+        self.most = self._longest * self._size
+        """The most tokens that any replica saves."""
 
-    def least_cost(self, costs: Sequence[float]) -> float:
-        """The least of `costs`, one per replica without savings, when each has its savings taken off."""
-        least, size, most = min(costs), self._size, self._longest * self._size
-        find, blocks, numbers = self._find, self._blocks, self._numbers
+    def least_cost(self) -> float:
+        """The least cost of all replicas when each has its savings taken off."""
+        costs, numbers, size, most = self._costs, self._numbers, self._size, self.most
+        find, blocks, least = self._find, self._blocks, min(costs)
         if not self._has_lower_tiers:  # one that holds the longest prefix is a good first guess
             last = find(blocks[self._longest - 1]) or 0
-            firsts = [cost for cost, number in zip(costs, numbers, strict=True) if last >> number & 1]
+            firsts = [costs[place] for place in self.holders if last >> numbers[place] & 1]
             least = min([least, *(cost - most for cost in firsts)])
-        for cost, number in sorted(zip(costs, numbers, strict=True)):
+        for cost, place in sorted([(costs[place], place) for place in self.holders if costs[place] - least < most]):
             gap = cost - least
             if gap >= most:
-                break  # no replica saves more than the longest prefix, and the others cost more without savings
+                break
             # To cost less than the least so far it must save more than the gap.
             needed = int(gap / size) if gap > 0 else 0
-            if (find(blocks[needed]) or 0) >> number & 1:
-                least = min(least, cost - self._saved(number, needed + 1))
+            if (find(blocks[needed]) or 0) >> numbers[place] & 1:
+                least = min(least, cost - self._saved(numbers[place], needed + 1))
         return least
 
-    def bring_below(self, limit: float, cost: float, place: int) -> bool:
-        """Whether a replica of `cost` without savings, more than `limit`, costs at most that with them."""
+    def bring_below(self, limit: float, place: int) -> bool:
+        """Whether a replica that costs more than `limit` without savings costs at most that with them."""
+        cost, number = self._costs[place], self._numbers[place]
         needed = math.ceil((cost - limit) / self._size)
         if needed > self._longest:
             return False
-        number, block = self._numbers[place], self._blocks[needed - 1]
+        block = self._blocks[needed - 1]
         if (self._find_fast(block) or 0) >> number & 1:
             return True
         if not (self._has_lower_tiers and (self._find(block) or 0) >> number & 1):

@@ -46,10 +46,11 @@ class PrefixIndex:
         """A replica holds these blocks, or will soon. They are now its most recently used."""
         held = self._held.setdefault(replica, OrderedDict())
         holders, bit, offset = self._holders[tier], 1 << replica, tier << _TIER_BITS
+        use_again = held.move_to_end
         for block in blocks:
-            entry = block + offset
+            entry = block + offset if offset else block
             if entry in held:
-                held.move_to_end(entry)
+                use_again(entry)
             else:
                 held[entry] = None
                 holders[block] = holders.get(block, 0) | bit

@@ -9,8 +9,9 @@ are brought up to date when that block is full, when the member leaves, and for 
 """
 
 from collections.abc import Collection, Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import SampleId
@@ -35,6 +36,15 @@ class DecodeStep:
     samples: list[SampleId]
     last: frozenset[int]
     """Places whose sequence reaches its limit with the token of this step."""
+
+
+class PlainSteps(NamedTuple):
+    """Steps that do nothing but give each running sequence a token."""
+
+    num_steps: int
+    sequences: SequenceOf[Sequence] = ()
+    num_context_tokens: int = 0
+    """Tokens that the first of them reads, its own included; each further one reads a token more per sequence."""
 
 
 class DecodeBatch:
@@ -83,6 +93,15 @@ class DecodeBatch:
         if not going_on:
             return None
         return sum(1 for position in going_on if not position % size) * self._pool.num_groups
+
+    @property
+    def plain_steps(self) -> "PlainSteps":
+        """The steps from here in which no member takes a block, fills one or reaches its limit."""
+        size, positions = self._pool.block_size, self._positions
+        # The first token of a block takes it, and the last one fills it.
+        to_block = min((-(position + 1) % size if position % size else 0 for position in positions), default=0)
+        num_steps = max(0, min(to_block, self._first_end - 1 - self._num_steps))
+        return PlainSteps(num_steps, self.sequences, sum(positions) + len(positions))
 
     # -- membership ---------------------------------------------------------------------------------------------------
 
@@ -156,6 +175,14 @@ class DecodeBatch:
         if self._first_end <= self._num_steps:
             last = frozenset(place for place, end in enumerate(self._ends) if end <= self._num_steps)
         return DecodeStep(self.version, self.sequences, positions, self._token_ids, self._stop_ids, self._samples, last)
+
+    def repeat(self, num_steps: int, token_id: int) -> None:
+        """Let each member gain `token_id` in each of so many plain steps, as if they were planned and processed."""
+        self._pool.count_filled(num_steps * len(self._positions) * self._pool.num_groups)
+        self._positions = [position + num_steps for position in self._positions]
+        self._num_steps += num_steps
+        for token_ids in self._token_ids:
+            token_ids += [token_id] * num_steps
 
     def append_unknown_tokens(self) -> list[Sequence]:
         """Append to each member ~row, its token of the step in flight. Returns those for which it is the last."""

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from quire.errors import RequestError
-from quire.kv_cache.block_hash import root_hash
+from quire.kv_cache.block_hash import BlockHash, root_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.states import StatePool
 from quire.kv_cache.tiers import TierIndex
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
+from quire.scheduler.decode_batch import PlainSteps
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.length_curve import Ending
 from quire.scheduler.limits import SchedulerLimits
@@ -78,13 +79,17 @@ class Scheduler:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `RequestError` for one that can never run."""
+    def add(self, request: Request, block_hashes: SequenceOf[BlockHash] = ()) -> None:
+        """Queue a request. Raises `RequestError` for one that can never run.
+
+        `block_hashes` are those of the prompt's leading blocks, where the caller has computed them.
+        """
         if request.request_id in self._queues.by_id:
             raise RequestError(f"request id {request.request_id} is in use", param="request_id")
         self._parts.check.check_lengths(request)
         root = root_hash(request.cache_salt, self.pool.block_size, request.adapter)
         group = SequenceGroup(request, self.pool, root, self._num_arrivals)
+        group.leader.table.know_hashes(block_hashes)
         self._parts.check.check_memory(group)
         self._num_arrivals += 1
         if not self._queues.by_id:
@@ -250,6 +255,21 @@ class Scheduler:
         decode_step = self._planner.decide(ahead, self._max_step_tokens, ending, may_preempt=False)
         self._in_flight.append(StepInFlight(ahead, self._queues.rows_now(), decode_step))
         return ahead
+
+    def plain_steps(self) -> PlainSteps:
+        """The steps from here that would do nothing but give each running sequence a token."""
+        queues = self._queues
+        does_more = len(queues.waiting) or queues.not_in_decode_batch or queues.num_background or self._in_flight
+        notes_more = self._offload or self._drafting or self._states or queues.waiting.counts_service
+        return PlainSteps(0) if does_more or notes_more else queues.decode_batch.plain_steps
+
+    def repeat_plain_steps(self, num_steps: int, token_id: int) -> None:
+        """Do what so many of `plain_steps` would if each sampled `token_id`, which must end no sequence. A simulation
+        knows its tokens beforehand, and requests may have arrived meanwhile."""
+        batch, totals = self._queues.decode_batch, self._parts.totals
+        batch.repeat(num_steps, token_id)
+        totals.total_steps += num_steps
+        totals.total_generated_tokens += num_steps * len(batch)
 
     def _begin_plan(self) -> StepPlan:
         self.pool.copies_are_done()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class StepTotals:
-    """Written by `ResultProcessor`; policies and forecasts read it."""
+    """Written where results of steps are applied; policies and forecasts read it."""
 
     total_steps: int = 0
     total_prompt_tokens: int = 0

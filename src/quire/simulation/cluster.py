@@ -9,23 +9,25 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from quire.errors import RequestError
-from quire.kv_cache.block_hash import BlockHash, hash_block, root_hash
+from quire.kv_cache.block_hash import BlockHash
+from quire.outputs import StepDeltas
 from quire.request import Request
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES, Prompt
 from quire.routing.replica import Work
 from quire.sampling_params import SamplingParams
 from quire.scheduler.limits import SchedulerLimits
-from quire.simulation.cluster_node import Node
+from quire.simulation.cluster_node import Node, PlainRun
 from quire.simulation.cluster_settings import ClusterSettings
 from quire.simulation.cluster_workload import Session, Turn
-from quire.simulation.modelled_executor import ModelledExecutor
+from quire.simulation.modelled_executor import SAMPLED_TOKEN, ModelledExecutor
 from quire.simulation.oracles import EqualCapacity, ForgetsNothing
+from quire.simulation.prompt_hashes import PromptHashes
 from quire.simulation.settings import SimulationSettings
 
 KEY_MASK = 2**64 - 1
@@ -42,11 +44,13 @@ class _Client:
     rest: tuple[Turn, ...]
     """The turns that follow."""
     request: Request
+    block_hashes: list[BlockHash]
     prompt: Prompt
     arrival: float
     work: Work
     node: int
-    tokens: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    """Tokens of the answer so far."""
     first_token: float = -1.0
 
 
@@ -92,6 +96,7 @@ class ClusterSimulation:
         self._num_events = 0
         self._news: deque[tuple[float, int, int, bool]] = deque()
         """(when the router learns it, replica, block, whether it is stored)"""
+        self._hashes = PromptHashes(settings.block_size)
         self._clients: dict[str, _Client] = {}
         self._orphans: deque[_Client] = deque()
         """Requests that wait for a replica, because there was none."""
@@ -137,8 +142,9 @@ class ClusterSimulation:
         if output < 1:
             self._refused += 1  # the session has outgrown the context
             return
-        tokens = [content for content, length in turn.pieces for _ in range(length)]
-        prompt = Prompt(self._blocks_of(tokens), num_tokens, self._settings.block_size, f"s{turn.session}")
+        tokens, hashes = self._hashes.of(turn, is_last=not rest)
+        blocks = [_key(block_hash) for block_hash in hashes]
+        prompt = Prompt(blocks, num_tokens, self._settings.block_size, f"s{turn.session}")
         self._count_oracles(prompt, output)
         request = Request(
             request_id=f"{turn.session}.{turn.number}",
@@ -148,32 +154,32 @@ class ClusterSimulation:
             max_tokens=output,
             arrival_time=self.now,
         )
-        work = self._fleet.choose(prompt)
+        work = self._choose(prompt)
         if work is None:
             self._refused += 1
             return
-        self._send(_Client(turn, rest, request, prompt, self.now, work, _number(work)))
+        self._send(_Client(turn, rest, request, hashes, prompt, self.now, work, _number(work)))
 
     def _send(self, client: _Client) -> None:
         request = client.request
-        if client.tokens:
-            request = replace(request, output_token_ids={0: list(client.tokens)})
+        if client.num_tokens:
+            request = replace(request, output_token_ids={0: [SAMPLED_TOKEN] * client.num_tokens})
+        node = self._nodes[client.node]
         try:
-            self._nodes[client.node].add(request)
+            is_cut = node.add(request, client.block_hashes, self.now)
         except RequestError:
             self._refused += 1
             self._fleet.end(client.work)
             return
         self._clients[request.request_id] = client
-        self._step(client.node)
+        if is_cut or node.begin(self.now):
+            self._await_end(client.node)
 
-    def _blocks_of(self, tokens: Sequence[int]) -> list[int]:
-        size = self._settings.block_size
-        parent, blocks = root_hash("", size), []
-        for start in range(0, len(tokens) // size * size, size):
-            parent = hash_block(parent, tokens[start : start + size])
-            blocks.append(_key(parent))
-        return blocks
+    def _choose(self, prompt: Prompt) -> Work | None:
+        for node in self._nodes:
+            if node.plain_run is not None:
+                self._take_tokens(node.plain_run)
+        return self._fleet.choose(prompt)
 
     def _count_oracles(self, prompt: Prompt, num_output_tokens: int) -> None:
         self._asked += prompt.num_tokens
@@ -184,34 +190,52 @@ class ClusterSimulation:
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _step(self, number: int) -> None:
+    def _await_end(self, number: int) -> None:
         node = self._nodes[number]
-        seconds = node.begin_step(self.now)
-        if seconds is not None:
-            self._at(self.now + seconds, partial(self._end_step, number, node.life))
+        self._at(node.ends_at, partial(self._end_steps, number, node.turn))
 
-    def _end_step(self, number: int, life: int) -> None:
+    def _end_steps(self, number: int, turn: int) -> None:
         node = self._nodes[number]
-        if node.life != life:
+        if node.turn != turn:
             return
-        for delta in node.end_step():
-            client = self._clients[delta.request_id]
-            client.tokens += delta.token_ids
-            self._num_output += len(delta.token_ids)
-            self._fleet.add_tokens(client.work, len(delta.token_ids))
-            if client.first_token < 0 and delta.token_ids:
+        if node.plain_run is not None:
+            self._take_tokens(node.plain_run)
+            node.end_plain_run()
+        else:
+            self._receive(node.end_step())
+        if node.begin(self.now):
+            self._await_end(number)
+        elif (
+            self._updating[:1] == [number] and not node.scheduler.has_work and _name(number) not in self._fleet.replicas
+        ):
+            self._restart(number)
+
+    def _take_tokens(self, run: PlainRun) -> None:
+        """Give clients the tokens that they have got from a run by now."""
+        num_new = run.take_tokens(self.now)
+        if num_new:
+            self._num_output += num_new * len(run.request_ids)
+            for request_id in run.request_ids:
+                client = self._clients[request_id]
+                client.num_tokens += num_new
+                self._fleet.add_tokens(client.work, num_new)
+
+    def _receive(self, deltas: StepDeltas) -> None:
+        for delta in deltas:
+            client, num_new = self._clients[delta.request_id], len(delta.token_ids)
+            client.num_tokens += num_new
+            self._num_output += num_new
+            self._fleet.add_tokens(client.work, num_new)
+            if client.first_token < 0 and num_new:
                 client.first_token = self.now
             if delta.finish_reason is not None:
                 self._finish(client)
-        self._step(number)
-        if not node.scheduler.has_work and self._updating[:1] == [number] and _name(number) not in self._fleet.replicas:
-            self._restart(number)
 
     def _finish(self, client: _Client) -> None:
         del self._clients[client.request.request_id]
         self._fleet.end(client.work)
         ttft = client.first_token - client.arrival
-        per_token = (self.now - client.first_token) / max(1, len(client.tokens) - 1)
+        per_token = (self.now - client.first_token) / max(1, client.num_tokens - 1)
         self._ttft.append(ttft)
         self._latency.append(self.now - client.arrival)
         self._num_good += ttft <= self._settings.ttft_limit and per_token <= self._settings.tbt_limit
@@ -225,7 +249,10 @@ class ClusterSimulation:
         if not self._nodes[number].is_up:
             return
         self._leave(number)
-        self._nodes[number].die()
+        run = self._nodes[number].plain_run
+        if run is not None:
+            self._take_tokens(run)
+        self._nodes[number].die(self.now)
         for client in [each for each in self._clients.values() if each.node == number]:
             del self._clients[client.request.request_id]
             self._fleet.end(client.work)
@@ -234,7 +261,7 @@ class ClusterSimulation:
         self._at(self.now + self._settings.restart_time, partial(self._return, number))
 
     def _move(self, client: _Client) -> None:
-        work = self._fleet.choose(client.prompt)
+        work = self._choose(client.prompt)
         if work is None:
             self._orphans.append(client)
             return
@@ -250,7 +277,7 @@ class ClusterSimulation:
                 self._restart(number)
 
     def _restart(self, number: int) -> None:
-        self._nodes[number].die()
+        self._nodes[number].die(self.now)
         self._at(self.now + self._settings.restart_time, partial(self._return, number))
 
     def _return(self, number: int) -> None:

@@ -17,6 +17,7 @@ from collections import deque
 from operator import mul
 
 from quire.kv_cache.tiers import DISK, HOST
+from quire.scheduler.decode_batch import PlainSteps
 from quire.simulation.step_time import StepTime
 from quire.step import BeamCandidates, OffloadPlan, OffloadResult, StepPlan, StepResult
 
@@ -128,6 +129,15 @@ class ModelledExecutor:
         if self._tiers is not None:
             result.offload, seconds = self._tiers.copy(plan.offload, now, seconds)
         return result, seconds
+
+    def times_of(self, steps: PlainSteps, now: float) -> list[float]:
+        """`now`, at which plain steps begin, and when each of them ends."""
+        num_rows, context, times = len(steps.sequences), steps.num_context_tokens, [now]
+        for _ in range(steps.num_steps):
+            now += self._step_time.seconds(num_rows, num_rows, context, context, num_rows)
+            times.append(now)
+            context += num_rows
+        return times
 
     def clear(self) -> None:
         """The engine died: forget its rows and lose all copies on their way."""

@@ -39,7 +39,7 @@ def download(name: HubName, *, check_all: bool = False, weights: bool = True) ->
     anything was downloaded, or with `check_all`, the checksums of all files are compared. Raises `CheckpointError`, in
     one line, for what cannot be had.
     """
-    from huggingface_hub import snapshot_download  # only hub models need it
+    from huggingface_hub import constants, snapshot_download  # only hub models need it
     from huggingface_hub.file_download import repo_folder_name
 
     blobs = cache_folder() / repo_folder_name(repo_id=name.repository, repo_type="model") / "blobs"
@@ -55,6 +55,11 @@ def download(name: HubName, *, check_all: bool = False, weights: bool = True) ->
     except Exception as error:  # network libraries raise many classes of their own
         raise CheckpointError(explain(error, name)) from error
     folder = Path(found)
+    if name.file is not None and not (folder / name.file).is_file():
+        raise CheckpointError(
+            f"{name.repository} has no file {name.file} in its revision {name.revision or 'main'}; see "
+            f"{constants.ENDPOINT}/{name.repository}/tree/{name.revision or 'main'} for those there are"
+        )
     if check_all or _file_names(blobs) - before:
         check_files(folder, name)
     return folder
