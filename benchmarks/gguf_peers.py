@@ -2,8 +2,7 @@
 
     python -m benchmarks.gguf_peers M160-Q4_0.gguf --llama DIR/llama.cpp/build/bin --rounds 3
 
-CPU seconds, unlike seconds, mean the same on a machine that other work shares. Each rate is the difference of two runs
-of different lengths, so loading and warming up do not count.
+`benchmarks.rates` says what a rate is.
 """
 
 import argparse
@@ -12,18 +11,25 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.rates import (
+    LONG,
+    NUM_STREAMS,
+    PREFILL,
+    PREFILL_TOKENS,
+    PROMPT_TOKENS,
+    SHORT,
+    STREAM,
+    STREAMS,
+    Rate,
+    rates_of,
+)
 from quire import LLM, SamplingParams
 
-STREAM, STREAMS, PREFILL = "one stream", "16 streams", "prefill of 2,048"
-NUM_STREAMS = 16
-PROMPT_TOKENS, PREFILL_TOKENS = 16, 2048
-LONG, SHORT = 48, 16
-"""Output tokens of the two runs."""
+RATES = (STREAM, STREAMS, PREFILL)
 
 
 def main() -> None:
@@ -31,21 +37,22 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--llama", type=Path, required=True, help="folder with llama-bench and llama-batched-bench")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=RATES, default=RATES, metavar="RATE", help=", ".join(RATES))
     options = parser.parse_args()
     for file in options.files:
         ours, theirs = quire_rates(file), llama_rates(file, options.llama)
-        for name in (STREAM, STREAMS, PREFILL):
+        for name in options.only:
             pairs = [(ours[name](), theirs[name]()) for _ in range(options.rounds)]
-            rates = [statistics.median(pair[side] for pair in pairs) for side in (0, 1)]
+            medians = [statistics.median(pair[side] for pair in pairs) for side in (0, 1)]
             ratio = statistics.median(a / b for a, b in pairs)
             print(
-                f"{file.name}, {name}: Quire {rates[0]:.1f}, llama.cpp {rates[1]:.1f} tokens per CPU second, "
+                f"{file.name}, {name}: Quire {medians[0]:.1f}, llama.cpp {medians[1]:.1f} tokens per CPU second, "
                 f"ratio {ratio:.2f}; load average {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
 
 
-def quire_rates(file: Path) -> dict[str, Callable[[], float]]:
+def quire_rates(file: Path) -> dict[str, Rate]:
     """Name → a function that measures Quire's rate. The model stays loaded."""
     llm = LLM(
         str(file), threads=1, max_num_seqs=NUM_STREAMS, max_model_len=PREFILL_TOKENS + 256, enable_prefix_caching=False
@@ -59,19 +66,11 @@ def quire_rates(file: Path) -> dict[str, Callable[[], float]]:
         llm.generate(prompts, params, use_tqdm=False)
         return time.process_time() - began
 
-    def decode(num_prompts: int) -> float:
-        longer, shorter = (run(num_prompts, PROMPT_TOKENS, num_outputs) for num_outputs in (LONG, SHORT))
-        return num_prompts * (LONG - SHORT) / (longer - shorter)
-
     run(NUM_STREAMS, PROMPT_TOKENS, 4)
-    return {
-        STREAM: lambda: decode(1),
-        STREAMS: lambda: decode(NUM_STREAMS),
-        PREFILL: lambda: PREFILL_TOKENS / run(1, PREFILL_TOKENS, 1),
-    }
+    return rates_of(run)
 
 
-def llama_rates(file: Path, programs: Path) -> dict[str, Callable[[], float]]:
+def llama_rates(file: Path, programs: Path) -> dict[str, Rate]:
     """Name → a function that measures llama.cpp's rate, loading the file each time."""
     bench = [programs / "llama-bench", "-m", file, "-t", "1", "-r", "1", "--no-warmup"]
     batched = [programs / "llama-batched-bench", "-m", file, "-t", "1", "-tb", "1", "-c", "4096", "-b", "2048"]

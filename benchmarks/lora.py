@@ -15,39 +15,52 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from quire import LLM, LoRARequest, SamplingParams
 from quire.engine.checkpoint import bundled_folder
 from quire.model_config import ModelConfig
 
 RANK = 16
+_LARGEST_SEED = 10_000
 
 
 def write_adapter(folder: Path, config: ModelConfig, seed: int) -> LoRARequest:
     """An adapter of a Llama-like model with random numbers."""
-    generator = torch.Generator().manual_seed(seed)
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
     attention["o_proj"] = (hidden, queries)
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    tensors = {}
-    for layer in range(config.num_layers):
-        for block, shapes in (("self_attn", attention), ("mlp", mlp)):
-            for name, (outputs, inputs) in shapes.items():
-                place = f"base_model.model.model.layers.{layer}.{block}.{name}"
-                tensors[f"{place}.lora_A.weight"] = torch.randn(RANK, inputs, generator=generator) * 0.02
-                tensors[f"{place}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator) * 0.02
+    shapes = {
+        f"base_model.model.model.layers.{layer}.{block}.{name}": shape
+        for layer in range(config.num_layers)
+        for block, shapes in (("self_attn", attention), ("mlp", mlp))
+        for name, shape in shapes.items()
+    }
+    count = RANK * sum(sum(shape) for shape in shapes.values())
+    numbers, tensors = _numbers(count + _LARGEST_SEED)[seed : seed + count], {}
+    for place, (outputs, inputs) in shapes.items():
+        a, b, numbers = numbers.split([RANK * inputs, RANK * outputs, len(numbers) - RANK * (inputs + outputs)])
+        tensors[f"{place}.lora_A.weight"] = a.view(RANK, inputs).clone()
+        tensors[f"{place}.lora_B.weight"] = b.view(outputs, RANK).clone()
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = {"target_modules": [*attention, *mlp], "r": RANK, "lora_alpha": RANK, "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(targets))
     return LoRARequest(folder.name, seed + 1, str(folder))
+
+
+@cache
+def _numbers(count: int) -> Tensor:
+    """What adapters are cut from: a thousand of them, each drawn anew, would take longer than the measurement."""
+    return (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
 
 def decode_seconds(llm: LLM, adapters: Sequence[LoRARequest | None], num_tokens: int) -> float:

@@ -1,8 +1,8 @@
 """`python -m benchmarks.make_models DIR [M160 M600]`: random weights in real shapes, to measure speed with.
 
-M160 is a small Llama, M600 has the shape of Qwen3-0.6B, and moe is a Mixtral of 8 experts with 0.1 billion active
-weights. Each is written twice, in float32 and in bfloat16,
-with the same values (sampled from seed 0, rounded to bfloat16), so that every dtype computes the same model.
+M160 is a small Llama, M600 has the shape of Qwen3-0.6B, M1100 that of TinyLlama-1.1B, and moe is a Mixtral of 8 experts
+with 0.1 billion active weights. Each is written twice, in float32 and in bfloat16, with the same values (sampled from
+seed 0, rounded to bfloat16), so that every dtype computes the same model.
 """
 
 import json
@@ -43,6 +43,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "max_position_embeddings": 40960,
         "rope_theta": 1000000.0,
+    },
+    "M1100": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
     },
     "moe": {
         "architectures": ["MixtralForCausalLM"],
@@ -115,8 +129,11 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         for index in range(config["num_hidden_layers"])
         for name, shape in layer.items()
     }
-    embedding = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    return embedding | layers | {"model.norm.weight": (hidden,)}
+    table = (config["vocab_size"], hidden)
+    ends: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        ends["lm_head.weight"] = table
+    return {"model.embed_tokens.weight": table} | layers | ends
 
 
 def draw_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -25,12 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def perplexity(llm: LLM, text: str, *, num_tokens: int | None = None, row_length: int | None = None) -> float:
     """Perplexity of `llm` on the first `num_tokens` of a text, in rows of `row_length`, by default of the longest
     context."""
-    tokenizer = llm.get_tokenizer()
-    begin = tokenizer.bos_token_id
-    opening = [] if begin is None else [begin]
-    ids = tokenizer.encode(text, add_special_tokens=False)[:num_tokens]
-    length = row_length or llm.memory_plan.max_model_len - 2
-    rows = [[*opening, *ids[first : first + length]] for first in range(0, len(ids), length)]
+    rows = rows_of(llm, text, num_tokens, row_length or llm.memory_plan.max_model_len - 2)
     total, count = 0.0, 0
     for output in llm.generate(rows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False):
         assert output.prompt_logprobs is not None
@@ -39,6 +34,15 @@ def perplexity(llm: LLM, text: str, *, num_tokens: int | None = None, row_length
         total -= sum(found)
         count += len(found)
     return math.exp(total / count)
+
+
+def rows_of(llm: LLM, text: str, num_tokens: int | None, row_length: int) -> list[list[int]]:
+    """The token ids of the rows that are scored, each from its second on."""
+    tokenizer = llm.get_tokenizer()
+    begin = tokenizer.bos_token_id
+    opening = [] if begin is None else [begin]
+    ids = tokenizer.encode(text, add_special_tokens=False)[:num_tokens]
+    return [[*opening, *ids[first : first + row_length]] for first in range(0, len(ids), row_length)]
 
 
 def main() -> None:

@@ -8,7 +8,11 @@ from argparse import Namespace
 import pytest
 
 from benchmarks.peers import __main__ as peers
+from benchmarks.peers.engines import EngineRow
 from benchmarks.peers.results import Results, write_whole
+from benchmarks.peers.worker import Worker, WorkerEnded
+from benchmarks.peers.workloads import WorkRequest
+from benchmarks.rates import PREFILL, STREAM, STREAMS, rates_of
 from quire.engine.checkpoint import bundled_folder
 
 ENGINE = """#!{python}
@@ -102,3 +106,41 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="last step"):
         write_whole(file, "new")
     assert file.read_text() == "old"
+
+
+WORKER = """#!{python}
+import json, os, subprocess, sys, time
+
+first = json.loads(sys.stdin.readline())
+if first["model"].endswith("unreadable"):
+    sys.exit("no such format")
+print("worker: 0", flush=True)
+burn = "from time import process_time as spent; any(iter(lambda: spent() > {seconds}, True))"
+for line in sys.stdin:
+    print("a word of the engine")
+    for request in json.loads(line):
+        subprocess.run([sys.executable, "-c", burn])
+    print("worker: 7.5", flush=True)
+"""
+
+
+def test_a_worker_counts_the_time_of_its_children_and_says_why_it_ended(tmp_path):
+    python = tmp_path / "peer" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(WORKER.format(python=sys.executable, seconds=0.1))
+    python.chmod(0o755)
+    row = EngineRow(adapter="", folder="peer", weights="")
+    with Worker(row, tmp_path / "model", tmp_path, tmp_path / "log", cpus=[0]) as worker:
+        costs = [worker.run([WorkRequest([1], 1)] * count) for count in (1, 4)]
+    assert [cost.seconds for cost in costs] == [7.5, 7.5]
+    assert costs[0].cpu_seconds >= 0.08
+    assert costs[0].cpu_seconds + 0.2 <= costs[1].cpu_seconds
+    with pytest.raises(WorkerEnded, match="no such format"):
+        Worker(row, tmp_path / "unreadable", tmp_path, tmp_path / "log")
+
+
+def test_rates_leave_out_what_both_runs_have():
+    found = rates_of(lambda prompts, tokens, outputs: 5 + 0.001 * prompts * tokens + 0.02 * outputs)
+    assert {name: measure() for name, measure in found.items()} == pytest.approx(
+        {STREAM: 50, STREAMS: 800, PREFILL: 2048 / 7.068}
+    )

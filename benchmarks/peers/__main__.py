@@ -19,10 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from ctypes.util import find_library
 from pathlib import Path
 
-from benchmarks.peers.engines import ENGINES, interpreter, model_path
+from benchmarks.peers.engines import ENGINES, environment, interpreter, model_path
 from benchmarks.peers.limits import FORMATS, least_seconds
 from benchmarks.peers.results import Report, Results
 from benchmarks.peers.workloads import Workload, WorkRequest, make_workloads
@@ -120,9 +119,6 @@ def run_engine(engine: str, options: argparse.Namespace) -> Iterator[Report]:
     row = ENGINES[engine]
     python = interpreter(row, options.peers)
     read_files(model_path(row, options.peers, options.model))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    if row.folder == "vllm":
-        environment |= vllm_environment(python)
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.json", Path(folder) / "log"
         arguments = {
@@ -136,7 +132,14 @@ def run_engine(engine: str, options: argparse.Namespace) -> Iterator[Report]:
         command = [str(python), "-m", "benchmarks.peers.engine_run"]
         command += [str(word) for pair in arguments.items() for word in pair]
         with log.open("w") as out:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, process_group=0)
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(row, options.peers, os.sched_getaffinity(0)),
+                stdout=out,
+                stderr=out,
+                process_group=0,
+            )
         written = ""
         try:
             while process.returncode is None:
@@ -160,19 +163,6 @@ def read_files(model: Path) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.read(READ_BYTES):
                     pass
-
-
-def vllm_environment(python: Path) -> dict[str, str]:
-    """The environment that vLLM's CPU guide recommends: bound threads, a KV space, tcmalloc and Intel's OpenMP
-    preloaded."""
-    openmp = python.parent.parent / "lib" / "libiomp5.so"
-    preload = [find_library("tcmalloc_minimal"), str(openmp) if openmp.exists() else None]
-    return {
-        "LD_PRELOAD": ":".join(filter(None, preload)),
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
 
 
 def measure_ceilings() -> dict[str, float]:

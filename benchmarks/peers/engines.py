@@ -3,7 +3,10 @@
 Standard library only: every engine's own interpreter reads this table.
 """
 
+import os
 import sys
+from collections.abc import Collection
+from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,3 +64,21 @@ def interpreter(row: EngineRow, peers: Path) -> Path:
 
 def model_path(row: EngineRow, peers: Path, model: str) -> Path:
     return peers / "models" / f"{model}-{row.weights}"
+
+
+def environment(row: EngineRow, peers: Path, cpus: Collection[int]) -> dict[str, str]:
+    """The environment of an engine's process, which runs on `cpus`."""
+    found = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return found | vllm_environment(interpreter(row, peers), cpus) if row.folder == "vllm" else found
+
+
+def vllm_environment(python: Path, cpus: Collection[int]) -> dict[str, str]:
+    """What vLLM's CPU guide recommends: bound threads, a KV space, tcmalloc and Intel's OpenMP preloaded."""
+    openmp = python.parent.parent / "lib" / "libiomp5.so"
+    preload = [find_library("tcmalloc_minimal"), str(openmp) if openmp.exists() else None]
+    return {
+        "LD_PRELOAD": ":".join(filter(None, preload)),
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4"),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(cpus))),
+        "VLLM_NO_USAGE_STATS": "1",
+    }

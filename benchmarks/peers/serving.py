@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.__main__ import ROOT, describe_machine, measure_ceilings, vllm_environment
-from benchmarks.peers.engines import ENGINES, interpreter, model_path
+from benchmarks.peers.__main__ import ROOT, describe_machine, measure_ceilings
+from benchmarks.peers.engines import ENGINES, environment, interpreter, model_path
 from benchmarks.peers.peer_engine import MAX_MODEL_LEN, MAX_NUM_SEQS
 from benchmarks.peers.workloads import TOKEN_IDS, make_workloads
 from quire.cli.bench_serve import load_figures, run_load
@@ -101,11 +101,11 @@ def running_server(name: str, peers: Path, model: str) -> Iterator[str]:
     if row.folder == "vllm":
         # `vllm serve` imports packages that its CPU build lacks.
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", path, *flags]
-        environment = os.environ | vllm_environment(python) | {"HF_HUB_OFFLINE": "1"}
     else:
-        command, environment = [str(python), "-m", "quire", "serve", path, *flags], dict(os.environ)
+        command = [str(python), "-m", "quire", "serve", path, *flags]
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    settings = environment(row, peers, os.sched_getaffinity(0))
+    server = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(url, server)
         yield url

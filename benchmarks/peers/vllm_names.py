@@ -39,8 +39,17 @@ class LLMEngine:
             )
             for request in requests
         ]
-        outputs = self._llm.generate(_prompts(requests), params, use_tqdm=False)
+        adapters = self._adapters(requests)
+        chosen = {} if adapters is None else {"lora_request": adapters}
+        outputs = self._llm.generate(_prompts(requests), params, use_tqdm=False, **chosen)
         return [len(sample.token_ids) for output in outputs for sample in output.outputs]
+
+    def _adapters(self, requests: Sequence[WorkRequest]) -> list[Any] | None:
+        """One entry for each request, or None where none has an adapter."""
+        if all(request.adapter is None for request in requests):
+            return None
+        home = importlib.import_module(f"{self._library.__name__}.lora.request")
+        return [request.adapter and home.LoRARequest(*request.adapter) for request in requests]
 
     def beam_search(self, requests: Sequence[WorkRequest], *, beam_width: int) -> list[int]:
         home = importlib.import_module(f"{self._library.__name__}.sampling_params")

@@ -19,6 +19,8 @@ class WorkRequest:
 
     prompt_token_ids: list[int]
     num_output_tokens: int
+    adapter: tuple[str, int, str] | None = None
+    """Name, number and folder of the LoRA adapter that answers."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from quire.cli.options import ModelArgument
 from quire.engine.memory_sizes import show_bytes
+from quire.option_values import expand_home
 
 
 def convert(
@@ -18,6 +19,7 @@ def convert(
     *,
     to: Annotated[str, Parameter(show_default=False)],
     output: Annotated[Path | None, Parameter(name=("--output", "-o"), show_default=False)] = None,
+    lora: Annotated[Path | None, Parameter(show_default=False)] = None,
     revision: Annotated[str | None, Parameter(show_default=False)] = None,
 ) -> None:
     """Quantise a model once, or change its format, and write the result where nothing is yet.
@@ -35,20 +37,26 @@ def convert(
         Q4_0.
     output
         The folder or file to write. By default the model's name and the target, in the working folder.
+    lora
+        Folder of a LoRA adapter to merge into the weights: a model that is served with this adapter alone then costs
+        what the original does.
     revision
         A branch, a tag or a commit of a model on the hub.
     """
+    from quire.convert.output import check_place
     from quire.convert.target import Target
     from quire.engine.checkpoint import find_model, model_name
 
     target = Target.parse(to)
     source = find_model(model, revision)
+    if output is not None:
+        check_place(expand_home(output))  # before torch is imported
     from quire.convert.run import convert_model, default_output
 
-    place = (output or default_output(source, model_name(model), target)).expanduser()
+    place = expand_home(output or default_output(source, model_name(model), target))
     started = time.perf_counter()
     with _progress() as on_bytes:
-        made = convert_model(source, target, place, on_bytes)
+        made = convert_model(source, target, place, on_bytes, adapter=lora)
     bits = 8 * made.num_bytes / made.parameters
     print(
         f"{made.path}: {show_bytes(made.num_bytes)}, {bits:.2f} bits a parameter with all that is beside the weights, "

@@ -1,11 +1,11 @@
 """write_floats: a checkpoint's weights as floats of one type, in safetensors under the names of Hugging Face's hub."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quire.convert.original import Original
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for
 from quire.kernels.allocation import zeros
@@ -13,8 +13,6 @@ from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.interface import Allocate, ExpertMatrices, ExpertWeight, LowBitWeight, QuantizedWeight
 from quire.layers.linear import LinearWeight
-from quire.model_config import ModelConfig
-from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
 from quire.models.source_around import SourceAround
 from quire.models.weights import TensorSource
@@ -24,13 +22,14 @@ OnTensor = Callable[[str, Tensor], None]
 """Gets every tensor of a checkpoint, by its name on the hub."""
 
 
-def each_tensor(config: ModelConfig, source: Path, on_tensor: OnTensor, *, transposes: bool = False) -> None:
+def each_tensor(original: Original, on_tensor: OnTensor, *, transposes: bool = False) -> None:
     """Hand over every tensor that the model has. `transposes`: matrices that a family's checkpoints have as [inputs,
     outputs] come so; else all come as [outputs, inputs].
 
     What it has is found by building it, so what the family does not know is refused as when it is served. Raises
     `CheckpointError`.
     """
+    config = original.config
     if config.computed_by or config.mxfp4_experts or config.packed_as is not None:
         kind = (
             "is computed by transformers"
@@ -40,9 +39,9 @@ def each_tensor(config: ModelConfig, source: Path, on_tensor: OnTensor, *, trans
             else f"is packed as {config.packed_as}"
         )
         raise CheckpointError(
-            f"{source} {kind}; only models that Quire loads as floats can be converted to floats or GGUF"
+            f"{original.path} {kind}; only models that Quire loads as floats can be converted to floats or GGUF"
         )
-    visitor = _Visitor(open_checkpoint(source, config.stored), on_tensor, transposes)
+    visitor = _Visitor(original.open(), on_tensor, transposes)
     load_model(config, visitor, kernels_for("cpu"), "float32", packing=_NoPacking())
 
 

@@ -13,6 +13,7 @@ from quire.convert.gguf_file import PlannedTensor, header_bytes, place
 from quire.convert.gguf_metadata import check_read_alike, factors_of, metadata_of
 from quire.convert.gguf_names import GgufNames
 from quire.convert.gguf_tokenizer import tokenizer_metadata
+from quire.convert.original import Original
 from quire.convert.target import BLOCKS
 from quire.errors import CheckpointError
 from quire.gguf.block_types import BLOCK_TYPES_BY_NAME
@@ -30,13 +31,11 @@ _END_BLOCK = "Q8_0"
 """An error in the head goes straight into the logits: blocks of fewer bits leave it and the embedding in this."""
 
 
-def write_gguf_model(
-    config: ModelConfig, source: Path, path: Path, block: str, on_bytes: Callable[[int], None]
-) -> None:
-    """Write the model of a folder or GGUF file to `path`, matrices as `block`. Raises `CheckpointError` for a model
-    that has no GGUF form."""
+def write_gguf_model(original: Original, path: Path, block: str, on_bytes: Callable[[int], None]) -> None:
+    """Write a model to `path`, matrices as `block`. Raises `CheckpointError` for a model that has no GGUF form."""
+    config, source = original.config, original.path
     shapes: dict[str, tuple[int, ...]] = {}
-    each_tensor(config, source, lambda name, tensor: shapes.update({name: tuple(tensor.shape)}))
+    each_tensor(original, lambda name, tensor: shapes.update({name: tuple(tensor.shape)}))
     file = read_gguf(source) if is_gguf(source) else None
     names = GgufNames.of(config, shapes, None if file is None else family_key(file))
     tensors = place(_plan(config, names, shapes, block, file))
@@ -49,7 +48,7 @@ def write_gguf_model(
         writer.descriptor = stream.fileno()
         for name, factors in _factors(config, file).items():
             writer.write(name, 0, torch.tensor(factors)[None])
-        each_tensor(config, source, writer.add)
+        each_tensor(original, writer.add)
         os.fsync(stream.fileno())
     check_read_alike(config, path)
 

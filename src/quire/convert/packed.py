@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quire.convert.original import Original
 from quire.errors import CheckpointError
 from quire.kernels import cpu, kernels_for
 from quire.kernels.interface import ExpertWeight
 from quire.layers.linear import LinearWeight
 from quire.model_config import ModelConfig
 from quire.model_config.packed_folder import PackedFolder
-from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.marked_source import MarkedSource
 from quire.models.more_bits import MoreBits
 from quire.models.packed_checkpoint import form_name, part_name
@@ -28,23 +28,24 @@ _NAMES = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
 
 
 def write_packed(
-    config: ModelConfig, source: Path, folder: Path, quantization: str, on_bytes: Callable[[int], None]
+    original: Original, folder: Path, quantization: str, on_bytes: Callable[[int], None]
 ) -> dict[str, str | list[str] | int]:
-    """Write the weights of `source` into `folder`; returns the content of PACKED_FILE. `on_bytes` hears how many bytes
+    """Write the weights of a model into `folder`; returns the content of PACKED_FILE. `on_bytes` hears how many bytes
     of tensors are made so far. Raises `CheckpointError` for a checkpoint that cannot be loaded or quantised."""
+    config = original.config
     if config.stored is not None:
         raise CheckpointError(
-            f"{source}: its layers are already stored in few bits ({config.stored.describe()}); Quire keeps them as "
-            "they are, so there is nothing to gain"
+            f"{original.path}: its layers are already stored in few bits ({config.stored.describe()}); Quire keeps "
+            "them as they are, so there is nothing to gain"
         )
     if config.computed_by or config.packed_as is not None:
         kind = "is computed by transformers" if config.computed_by else f"is already packed as {config.packed_as}"
         raise CheckpointError(
-            f"{source} {kind}; {quantization} weights are made of checkpoints that Quire computes itself"
+            f"{original.path} {kind}; {quantization} weights are made of checkpoints that Quire computes itself"
         )
     writer = SafetensorsWriter(folder, "packed")
-    recorder = PackingRecorder(config, open_checkpoint(source), writer, on_bytes)
-    more = MoreBits.choose(config, open_checkpoint(source), quantization)
+    recorder = PackingRecorder(config, original.open(), writer, on_bytes)
+    more = MoreBits.choose(config, original.open(), quantization)
     load_model(config, recorder, kernels_for("cpu"), quantization, packing=more.around(recorder))
     recorder.write_floats()
     files = sorted(set(writer.finish().values()))

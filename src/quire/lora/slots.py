@@ -4,10 +4,6 @@ An adapter is checked against the model before a byte of its tensors is read. Lo
 so it may run in a thread beside the steps.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -16,7 +12,7 @@ from quire.kernels import Kernels
 from quire.layers.adapters import AdaptedLinear, EmbeddingUpdate, LoraUpdate, ModelAdapters
 from quire.layers.linear import Linear, LinearWeight
 from quire.lora.adapter_folder import AdapterFolder, ModuleTensors, digest_of
-from quire.models.safetensors_file import DTYPES, Entry
+from quire.lora.adapter_tensors import AdapterTensors
 
 _Sites = dict[str, list[tuple[AdaptedLinear, int]]]
 """Module → the layers that compute it, and which part of each."""
@@ -74,7 +70,7 @@ class AdapterSlots:
     def load(self, path: str, digest: str, slot: int) -> None:
         """Put the adapter with this digest into a slot. Raises `CheckpointError`, and then leaves the slot empty."""
         folder = self.check(path)
-        tensors = _TensorFile(folder)
+        tensors = AdapterTensors(folder)
         if digest_of(folder.path) != digest:
             raise CheckpointError(f"adapter {path!r} has changed since it was asked for; send the request again")
         self.clear(slot)
@@ -144,7 +140,7 @@ class AdapterSlots:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def _place(self, folder: AdapterFolder, tensors: "_TensorFile", slot: int) -> None:
+    def _place(self, folder: AdapterFolder, tensors: AdapterTensors, slot: int) -> None:
         config, changed = folder.config, dict[AdaptedLinear, list[LoraUpdate | None]]()
         for stored_name, module in folder.modules.items():
             name = self._own_name(str(folder.path), stored_name)
@@ -185,32 +181,3 @@ class AdapterSlots:
         layer = Linear(self._kernels, [whole], dtype)
         layer.bias = self.adapters.head.bias
         self.adapters.head.replace(slot, layer)
-
-
-class _TensorFile:
-    """The tensors of an adapter, read into memory."""
-
-    def __init__(self, folder: AdapterFolder) -> None:
-        self._modules: Mapping[str, ModuleTensors] = folder.modules
-        self._content: dict[int, bytearray] = {}
-        for entry in self._entries():
-            with entry.file.open("rb") as stream:
-                stream.seek(entry.begin)
-                content = bytearray(entry.end - entry.begin)
-                if stream.readinto(content) != len(content):
-                    raise CheckpointError(f"{entry.file} is truncated; fetch it again")
-            self._content[entry.begin] = content
-
-    def take(self, entry: Entry) -> Tensor:
-        """Raises `CheckpointError` for numbers that are not finite."""
-        dtype = getattr(torch, DTYPES[entry.dtype])
-        tensor = torch.frombuffer(self._content[entry.begin], dtype=dtype, count=math.prod(entry.shape))
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{Path(entry.file)} holds numbers that are not finite; the adapter is damaged")
-        return tensor.view(entry.shape)
-
-    def _entries(self) -> Iterator[Entry]:
-        for module in self._modules.values():
-            for entry in (module.a, module.b, module.magnitude, module.weight):
-                if entry is not None:
-                    yield entry

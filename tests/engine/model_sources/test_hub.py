@@ -61,6 +61,43 @@ def test_refusals_say_what_happened_and_what_to_do(hub: StandInHub) -> None:
         assert all(part in said for part in parts), said
 
 
+@pytest.mark.parametrize(
+    ("status", "parts"),
+    [
+        (401, ("401", "HF_TOKEN")),
+        (403, ("403", "lacks permission")),
+        (404, ("404", "check the name")),
+        (429, ("429", "wait some minutes")),
+        (503, ("503", "try again later")),
+    ],
+)
+def test_a_file_that_is_refused(
+    hub: StandInHub, status: int, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub lists the file, and then refuses to send it."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it asks some times again
+    hub.repositories["org/small"] = small(file_status={"model.safetensors": status})
+    said = find("org/small")
+    assert said.startswith("org/small")
+    assert "\n" not in said
+    assert all(part in said for part in parts), said
+    hub.repositories["org/small"].file_status = {}
+    assert Path(find("org/small"), "model.safetensors").read_bytes() == content(MAIN, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../../../evil.json", "0_a/../../../../../../evil/config.json", "/tmp/evil.json", "0_a/../../config.json"],
+)
+def test_names_that_leave_the_folder_write_nothing(hub: StandInHub, name: str, tmp_path: Path) -> None:
+    files = {each: content(MAIN, each) for each in READ} | {name: b"evil"}
+    hub.repositories["org/small"] = Repository({MAIN: files})
+    said = find("org/small")
+    assert "\n" not in said
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"evil"] == []
+    assert not Path("/tmp/evil.json").exists()
+
+
 def test_only_what_is_read_comes_from_one_commit(hub: StandInHub, tmp_path: Path) -> None:
     names = ["org/small", "org/small@v2", f"org/small@{SECOND}"]
     folders = [find(name) for name in names]
@@ -139,3 +176,16 @@ def test_a_plan_downloads_no_weights(hub: StandInHub) -> None:
     assert {path.name for path in folder.iterdir()} == READ - {"model.safetensors"}
     # To serve it later fetches the rest.
     assert {path.name for path in Path(find("org/small")).iterdir()} == READ
+
+
+def test_a_gguf_file_comes_alone_with_all_its_parts(hub: StandInHub) -> None:
+    parts = {f"m-Q4_0-{number:05}-of-00002.gguf" for number in (1, 2)}
+    listed = READ | parts | {"m-Q8_0.gguf"}
+    hub.repositories["org/files"] = Repository({MAIN: {name: content(MAIN, name) for name in listed}})
+    path = Path(find("org/files:m-Q4_0-00001-of-00002.gguf"))
+    assert path.name == "m-Q4_0-00001-of-00002.gguf"
+    assert {each.name for each in path.parent.iterdir()} == parts
+    assert Path(find("org/files:m-Q8_0.gguf")).read_bytes() == content(MAIN, "m-Q8_0.gguf")
+    said = find("org/files:m-Q2_K.gguf")
+    assert said.startswith("org/files has no file m-Q2_K.gguf")
+    assert hub.endpoint in said

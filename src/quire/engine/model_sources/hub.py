@@ -26,10 +26,13 @@ _SHA256_DIGITS, _GIT_DIGITS = 64, 40
 
 
 def cache_folder() -> Path:
-    """The folder of the hub's cache."""
+    """The folder of the hub's cache. Raises `CheckpointError` if there is none."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    try:
+        return Path(constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError:
+        raise CheckpointError("there is no home folder to keep models in; set HOME, or HF_HOME to a folder") from None
 
 
 def download(name: HubName, *, check_all: bool = False, weights: bool = True) -> Path:
@@ -39,7 +42,7 @@ def download(name: HubName, *, check_all: bool = False, weights: bool = True) ->
     anything was downloaded, or with `check_all`, the checksums of all files are compared. Raises `CheckpointError`, in
     one line, for what cannot be had.
     """
-    from huggingface_hub import snapshot_download  # only hub models need it
+    from huggingface_hub import constants, snapshot_download  # only hub models need it
     from huggingface_hub.file_download import repo_folder_name
 
     blobs = cache_folder() / repo_folder_name(repo_id=name.repository, repo_type="model") / "blobs"
@@ -55,6 +58,11 @@ def download(name: HubName, *, check_all: bool = False, weights: bool = True) ->
     except Exception as error:  # network libraries raise many classes of their own
         raise CheckpointError(explain(error, name)) from error
     folder = Path(found)
+    if name.file is not None and not (folder / name.file).is_file():
+        raise CheckpointError(
+            f"{name.repository} has no file {name.file} in its revision {name.revision or 'main'}; see "
+            f"{constants.ENDPOINT}/{name.repository}/tree/{name.revision or 'main'} for those there are"
+        )
     if check_all or _file_names(blobs) - before:
         check_files(folder, name)
     return folder
