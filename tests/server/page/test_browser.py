@@ -355,7 +355,7 @@ def test_four_answers_of_a_model_stand_side_by_side(llm: RunningServer, open_pag
     facts = page.locator("article[aria-label=assistant] .facts").all_inner_texts()
     assert "0 of" not in facts[-1], "the branch begins with blocks of the answer before"
     assert "shared blocks" in facts[-1]
-    picture(page, "page-chat.png", height=820)
+    picture(page, "page-chat.png", height=640)
 
 
 def test_a_killed_engine_is_a_pause(llm: RunningServer, open_page: Any) -> None:
