@@ -25,8 +25,8 @@ LENIENT = "negative_data_rejection"
 """Left out of the phase that gives every field each wrong type: scalars are read as pydantic's lax mode reads them."""
 ENDLESS = "/kv/stream"
 EXAMPLES = 6
-"""Requests made for each route, and sequences of requests. The phase of coverage makes a case for each field and kind of
-wrong value, so that both end after a known number of requests; a limit of time would cut them on a busy machine."""
+"""Requests made for each route, and sequences of requests. The phase of coverage makes a case for each field and kind
+of wrong value. Both end after a known number of requests; a limit of time would cut them on a busy machine."""
 
 
 def run(phases: str, checks: tuple[str, ...]) -> None:
