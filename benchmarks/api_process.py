@@ -19,13 +19,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import quire
 from benchmarks.peers.__main__ import vllm_environment
+from benchmarks.socket_floor import TOKENS_PER_SECOND, print_floor
 from benchmarks.stand_in_engine import PROGRAM, STEP_VARIABLE, TEXT
 from benchmarks.timed_tokenizer import VARIABLE
 from quire.config import EngineConfig
@@ -34,8 +35,6 @@ from quire.engine.tokenizer import load_tokenizer
 BUNDLED = Path(quire.__file__).parent / "bundled"
 MODEL = "m"
 LENGTHS = (16, 116)
-TOKENS_PER_SECOND = 2000
-"""Pace of the stand-in, below what the API process can send: then each token has an event of its own."""
 LONG_PROMPT_TOKENS = 44_000
 _LONG_REQUESTS = 5
 BODIES: dict[str, dict[str, Any]] = {
@@ -248,20 +247,23 @@ def main() -> None:
     parser.add_argument("--endpoints", default=",".join(BODIES))
     parser.add_argument("--peers", type=Path, help="folder of peers; without it vLLM is left out")
     parser.add_argument("--real", action="store_true", help="Quire with its real engine too")
+    parser.add_argument("--no-long-prompt", action="store_true", help="leave out the prompt of 44,000 tokens")
     given = parser.parse_args()
     paths = given.endpoints.split(",")
     print("| endpoint | server | streams | µs a token | ms a request | events a token |\n|---|---|---|---|---|---|")
     for count in (int(text) for text in given.streams.split(",")):
-        with quire_server("quire, stand-in", BUNDLED, count, stand_in=True) as stand_in:
-            print_rows([stand_in], paths, count, given.repeats)
-        if given.real or given.peers:
-            with quire_server("quire", BUNDLED, count, stand_in=False) as real:
-                if given.peers is None:
-                    print_rows([real], paths, count, given.repeats)
-                else:
-                    with vllm_server("vllm", given.peers.absolute(), BUNDLED, count, 18_000 + count) as peer:
-                        print_rows([real, peer], paths, count, given.repeats)
-    print_long_prompt(given.repeats)
+        with ExitStack() as running:
+            servers: list[Server] = []
+            if given.peers:  # it takes longest to start
+                peer = vllm_server("vllm", given.peers.absolute(), BUNDLED, count, 18_000 + count)
+                servers.append(running.enter_context(peer))
+            if given.real:
+                servers.append(running.enter_context(quire_server("quire", BUNDLED, count, stand_in=False)))
+            servers.append(running.enter_context(quire_server("quire, stand-in", BUNDLED, count, stand_in=True)))
+            print_rows(servers[::-1], paths, count, given.repeats)
+            print_floor(count, given.repeats)
+    if not given.no_long_prompt:
+        print_long_prompt(given.repeats)
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 

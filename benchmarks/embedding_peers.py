@@ -4,6 +4,7 @@ Reads lines of JSON, lists of texts as token ids, and answers each with [seconds
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,14 +18,17 @@ BATCH = 32
 
 def main() -> None:
     peer, model, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the peer prints is no answer
     embed = PEERS[peer](model, threads)
-    print(json.dumps("ready"), flush=True)
+    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         texts = json.loads(line)
         started, cpu = time.perf_counter(), time.process_time()
-        vectors = [embed(texts[first : first + BATCH]) for first in range(0, len(texts), BATCH)]
+        batch = len(texts) if peer == "vllm" else BATCH  # vLLM makes its own batches
+        vectors = [embed(texts[first : first + batch]) for first in range(0, len(texts), batch)]
         seconds = time.perf_counter() - started, time.process_time() - cpu
-        print(json.dumps([*seconds, vectors[0][0].tolist()]), flush=True)
+        print(json.dumps([*seconds, vectors[0][0].tolist()]), file=answers, flush=True)
 
 
 def transformers(model: Path, threads: int) -> Callable[[TokenIds], Any]:
@@ -81,6 +85,21 @@ def onnxruntime(model: Path, threads: int) -> Callable[[TokenIds], Any]:
     return embed
 
 
+def vllm(model: Path, threads: int) -> Callable[[TokenIds], Any]:
+    """One process, so that its CPU seconds are all there are."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import numpy as np
+    from vllm import LLM  # type: ignore[import-not-found]
+
+    llm = LLM(model=str(model), runner="pooling", dtype="float32")
+
+    def embed(texts: TokenIds) -> Any:
+        outputs = llm.embed([{"prompt_token_ids": ids} for ids in texts], use_tqdm=False)
+        return np.array([output.outputs.embedding for output in outputs])
+
+    return embed
+
+
 def export_onnx(model: Path, path: Path) -> None:
     """Write the graph of a model in float32, with any number of texts and tokens."""
     import torch
@@ -116,6 +135,7 @@ PEERS = {
     "transformers": transformers,
     "sentence-transformers": sentence_transformers,
     "onnxruntime": onnxruntime,
+    "vllm": vllm,
 }
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Every cell embeds a batch of texts of equal length, by token ids, so that no padding helps or hurts a peer. Quire in
 float32 and int8 and its peers take turns on the same weights and threads. `--python` is an interpreter with the peers
-(torch, transformers, sentence-transformers, onnxruntime, onnx); each runs in a process of its own. A cell has the
+(torch, transformers, sentence-transformers, onnxruntime, onnx), `--vllm` one with vLLM; each peer runs in a process of
+its own. A cell has the
 texts per CPU second of the median round, since other work on the machine changes seconds more than CPU seconds, and
 for each peer the median of its CPU seconds by those of Quire in float32 in the same round. Prints JSON; the last entry
 is the cosine between the vectors of int8 and float32 for texts of `docs/`.
@@ -23,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers.__main__ import vllm_environment
 from quire import LLM
 
 TokenIds = list[list[int]]
 Embed = Callable[[TokenIds], tuple[float, Sequence[float]]]
 """Texts -> CPU seconds, and the first text's vector."""
 LENGTHS, BATCHES = (16, 64, 128, 256, 512), (1, 8, 64, 256)
-PEERS = ("transformers", "sentence-transformers", "onnxruntime")
+PEERS = ("transformers", "sentence-transformers", "onnxruntime", "vllm")
 QUIRE = "quire float32"
 
 
@@ -42,7 +44,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--vllm", default=None)
+    parser.add_argument("--peers", nargs="*", default=PEERS[:-1], choices=PEERS)
     arguments = parser.parse_args()
     llms = {f"quire {form or 'float32'}": open_quire(arguments, form) for form in (None, "int8")}
     engines: dict[str, Embed] = {name: partial(run_quire, llm) for name, llm in llms.items()}
@@ -70,8 +73,15 @@ def run_quire(llm: LLM, texts: TokenIds) -> tuple[float, Sequence[float]]:
 def start_peer(name: str, arguments: argparse.Namespace) -> Embed:
     """Start a peer's process and wait until it is ready."""
     script = Path(__file__).with_name("embedding_peers.py")
-    command = [arguments.python, str(script), name, str(arguments.model), str(arguments.threads)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    python, environment = arguments.python, dict(os.environ)
+    if name == "vllm":
+        python = arguments.vllm or arguments.python
+        environment |= vllm_environment(Path(python))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(
+            map(str, sorted(os.sched_getaffinity(0))[: arguments.threads])
+        )
+    command = [python, str(script), name, str(arguments.model), str(arguments.threads)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None
     assert process.stdout is not None
     asks, answers = process.stdin, process.stdout

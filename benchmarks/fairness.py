@@ -27,7 +27,9 @@ TURNS = {"alone": 0, "beside": HEAVY_IN_FLIGHT, "beside, not told apart": HEAVY_
 class Tenants:
     """Two tenants of one engine."""
 
-    def __init__(self, llm: LLM, light_tokens: int, heavy_tokens: int) -> None:
+    def __init__(self, llm: LLM, light_tokens: int, heavy_tokens: int, pause: int) -> None:
+        """`pause`: most steps between an answer to the light tenant and its next request."""
+        self._pause = pause
         self._core = llm._engine._core
         self._sizes = {"light": (light_tokens, 4), "heavy": (heavy_tokens, 24)}
         self._rng = random.Random(0)
@@ -63,7 +65,7 @@ class Tenants:
         """CPU seconds to the first token of a light request."""
         seconds = 0.0
         if num_heavy:
-            for _ in range(self._rng.randrange(10, 30)):
+            for _ in range(self._rng.randrange(self._pause // 3, self._pause)):
                 self.step(num_heavy)
             seconds = self._rng.random() * self.step(num_heavy)[1]  # what is left of the step in which it comes
         name = self.send("light")
@@ -97,10 +99,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40, help="light requests in each turn")
     parser.add_argument("--light", type=int, default=64, help="tokens of a light prompt")
     parser.add_argument("--heavy", type=int, default=400, help="tokens of a heavy prompt")
+    parser.add_argument("--pause", type=int, default=30, help="most steps between two light requests")
     given = parser.parse_args()
     options: dict[str, Any] = {"model": given.model} if given.model else {}
     with LLM(num_blocks=2000, max_num_seqs=8, threads=1, scheduling_policy="fair", **options) as llm:
-        tenants = Tenants(llm, given.light, given.heavy)
+        tenants = Tenants(llm, given.light, given.heavy, given.pause)
         ratios: dict[str, list[tuple[float, float]]] = {turn: [] for turn in TURNS}
         for _ in range(given.rounds):
             found = {turn: sorted(measure(tenants, turn, given.requests)) for turn in TURNS}

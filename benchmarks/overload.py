@@ -6,10 +6,11 @@ Overload: the server is filled by as many clients as run and wait at once (full 
 the rate at which it answered. Compared are the times to the first token of accepted requests, and how long a refusal
 takes. Fairness: a light key asks alone, and then beside a heavy key that sends ten times as many requests.
 
-The load comes from a process of the lowest priority, so that it takes no CPU time from the server where both share the
-cores. Its clients count answers and measure nothing. A few clients of this process, which has the server's priority,
-measure. They also read how long they were ready to run and got no CPU: that part of a time is theirs and not the
-server's. All is measured in turns.
+The load comes from a process of the lowest priority unless another is asked for, so that it takes no CPU time from the
+server where both share the cores. Its clients count answers and measure nothing. A few clients of this process, which
+has the server's priority, measure. They also read how long they, and the process that answers, were ready to run and
+got no CPU, and how long the engine worked until their first token: what neighbours on the machine do counts little
+there. All is measured in turns.
 """
 
 import argparse
@@ -144,51 +145,82 @@ class Seen:
     """What clients that measure saw: seconds."""
 
     first_tokens: list[float] = field(default_factory=list)
+    engine_work: list[float] = field(default_factory=list)
+    """CPU time of the engine until each first token."""
     refusals: list[float] = field(default_factory=list)
     own_waits: list[float] = field(default_factory=list)
     """The part of each refusal in which the client was ready to run and got no CPU."""
+    server_waits: list[float] = field(default_factory=list)
+    """The same of the server's event loop."""
     retry_after: list[int] = field(default_factory=list)
     others: int = 0
     """Answers that are neither accepted nor refused with 429."""
 
     def add(self, other: "Seen") -> None:
         self.first_tokens += other.first_tokens
+        self.engine_work += other.engine_work
         self.refusals += other.refusals
         self.own_waits += other.own_waits
+        self.server_waits += other.server_waits
         self.retry_after += other.retry_after
         self.others += other.others
 
 
-def waited_for_cpu() -> float:
-    """Seconds in which this thread was ready to run and did not; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-    except OSError:
-        return 0.0
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Seconds in which a thread had a CPU, and in which it was ready to run and had none."""
+
+    worked: float
+    waited: float
+
+    @classmethod
+    def of(cls, thread: str) -> "Use":
+        """Of the thread in this folder of /proc, since its start."""
+        on_cpu, ready, _ = Path("/proc", thread, "schedstat").read_text().split()
+        return cls(int(on_cpu) / 1e9, int(ready) / 1e9)
+
+    def since(self, before: "Use") -> "Use":
+        return Use(self.worked - before.worked, self.waited - before.waited)
 
 
-def ask(port: int, key: str, seen: Seen) -> None:
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that is measured."""
+
+    port: int
+    pid: int
+    engine_pid: int
+
+    def uses(self) -> tuple[Use, Use, Use]:
+        """What this thread, the server's event loop and its engine have used."""
+        return Use.of("thread-self"), Use.of(f"{self.pid}/task/{self.pid}"), Use.of(f"{self.engine_pid}")
+
+
+def ask(server: Server, key: str, seen: Seen) -> None:
     """One streamed request: the time to its first token, or to its refusal."""
     request = body_of(key)
-    waited, begin = waited_for_cpu(), time.monotonic()
-    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rb") as answer:
+    before, begin = server.uses(), time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection, connection.makefile("rb") as answer:
         connection.sendall(request)
         status = answer.readline()[9:12]
         if status == b"429":
             seen.refusals.append(time.monotonic() - begin)
-            seen.own_waits.append(waited_for_cpu() - waited)
+            own, api, _ = (use.since(old) for use, old in zip(server.uses(), before, strict=True))
+            seen.own_waits.append(own.waited)
+            seen.server_waits.append(api.waited)
             (seconds,) = (line for line in answer if line.lower().startswith(b"retry-after"))
             seen.retry_after.append(int(seconds.partition(b":")[2]))
         elif status == b"200":
             while not answer.readline().startswith(b"data: "):
                 pass
             seen.first_tokens.append(time.monotonic() - begin)
+            seen.engine_work.append(Use.of(f"{server.engine_pid}").since(before[2]).worked)
             answer.read()
         else:
             seen.others += 1
 
 
-def probe(port: int, seconds: float, key: str = LIGHT, *, clients: int = PROBES, pause: float = PAUSE) -> Seen:
+def probe(server: Server, seconds: float, key: str = LIGHT, *, clients: int = PROBES, pause: float = PAUSE) -> Seen:
     """What `clients` see that ask, wait for the answer and pause."""
     seen, until = Seen(), time.monotonic() + seconds
 
@@ -196,7 +228,7 @@ def probe(port: int, seconds: float, key: str = LIGHT, *, clients: int = PROBES,
         mine = Seen()
         time.sleep(random.uniform(0.0, pause))
         while time.monotonic() < until:
-            ask(port, key, mine)
+            ask(server, key, mine)
             time.sleep(pause * random.expovariate(1.0))
         seen.add(mine)
 
@@ -208,16 +240,17 @@ def probe(port: int, seconds: float, key: str = LIGHT, *, clients: int = PROBES,
     return seen
 
 
-def overload(port: int, generator: Generator, seconds: float, turns: int) -> float:
+def overload(server: Server, generator: Generator, seconds: float, turns: int) -> float:
     """Full load and ten times the load in turns; returns the requests that the server answers in a second."""
-    ratios, refused, others, rate = list[float](), Seen(), 0, 0.0
+    ratios, of_work, refused, others, rate = list[float](), list[float](), Seen(), 0, 0.0
     for _ in range(turns):
         with generator.load(seconds, clients=SEATS + QUEUE - PROBES) as load:
-            full = probe(port, seconds, pause=0.001)
+            full = probe(server, seconds, pause=0.001)
         rate = max(0.1, (load["accepted"] + len(full.first_tokens)) / load["seconds"])
         with generator.load(seconds, rate=OVERLOAD * rate) as more:
-            over = probe(port, seconds)
+            over = probe(server, seconds)
         ratios.append(percentile(over.first_tokens, 0.99) / percentile(full.first_tokens, 0.99))
+        of_work.append(percentile(over.engine_work, 0.99) / percentile(full.engine_work, 0.99))
         others += load["others"] + more["others"] + full.others
         refused.add(over)
         sent = sum(more[kind] for kind in ("accepted", "refused", "others")) / seconds
@@ -228,23 +261,32 @@ def overload(port: int, generator: Generator, seconds: float, turns: int) -> flo
         )
     waits = refused.retry_after
     print(
-        f"overload: TTFT p99 of accepted {statistics.median(ratios):.2f} times that at full load; "
-        f"{len(refused.refusals)} refusals p50 {1e3 * percentile(refused.refusals, 0.5):.1f} ms, p99 "
-        f"{1e3 * percentile(refused.refusals, 0.99):.1f} ms, in which the client waited for a CPU p99 "
-        f"{1e3 * percentile(refused.own_waits, 0.99):.1f} ms; Retry-After {min(waits, default=0)} to "
-        f"{max(waits, default=0)} s; {others + refused.others} other answers"
+        f"overload: TTFT p99 of accepted {statistics.median(ratios):.2f} times that at full load, in CPU time of "
+        f"the engine {statistics.median(of_work):.2f} times; {describe_refusals(refused)}; Retry-After "
+        f"{min(waits, default=0)} to {max(waits, default=0)} s; {others + refused.others} other answers"
     )
     return rate
 
 
-def fairness(port: int, generator: Generator, seconds: float, turns: int, full_rate: float) -> None:
+def describe_refusals(seen: Seen) -> str:
+    """How long refusals took, and how long without the times in which client or server waited for a CPU."""
+    waits = zip(seen.refusals, seen.own_waits, seen.server_waits, strict=True)
+    with_cpu = [max(0.0, wait - own - server) for wait, own, server in waits]
+    times = [1e3 * percentile(values, share) for values in (seen.refusals, with_cpu) for share in (0.5, 0.99)]
+    return (
+        f"{len(with_cpu)} refusals p50 {times[0]:.1f} ms, p99 {times[1]:.1f} ms; without the waits of client and "
+        f"server for a CPU {times[2]:.1f} and {times[3]:.1f} ms"
+    )
+
+
+def fairness(server: Server, generator: Generator, seconds: float, turns: int, full_rate: float) -> None:
     """A light key alone and beside a heavy one in turns."""
     ratios: dict[float, list[float]] = {0.5: [], 0.99: []}
     rate = max(0.5, full_rate / OVERLOAD)
     for _ in range(turns):
-        alone = probe(port, seconds, clients=2, pause=2 / rate)
+        alone = probe(server, seconds, clients=2, pause=2 / rate)
         with generator.load(seconds, rate=OVERLOAD * rate) as heavy:
-            beside = probe(port, seconds, clients=2, pause=2 / rate)
+            beside = probe(server, seconds, clients=2, pause=2 / rate)
         for share, found in ratios.items():
             found.append(percentile(beside.first_tokens, share) / percentile(alone.first_tokens, share))
         times = [1e3 * percentile(each.first_tokens, share) for each in (alone, beside) for share in (0.5, 0.99)]
@@ -257,11 +299,16 @@ def fairness(port: int, generator: Generator, seconds: float, turns: int, full_r
     print(f"fairness: TTFT of the light key beside the heavy one p50 {p50:.2f} times, p99 {p99:.2f} times that alone")
 
 
-def with_server(
-    work: Callable[[int, Generator], None], *, started: Callable[[int], None] = lambda pid: None, nice: int = 19
-) -> None:
-    """Run `work` with the port of a server of the bundled model, and with load of a process with this niceness.
-    `started` gets the server's pid."""
+def engine_of(pid: int) -> int:
+    """The engine process of a server."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if "engine_process" in Path(f"/proc/{child}/cmdline").read_text():
+            return int(child)
+    raise RuntimeError(f"process {pid} has no engine")
+
+
+def with_server(work: Callable[[Server, Generator], None], *, nice: int) -> None:
+    """Run `work` with a server of the bundled model, and with load of a process with this niceness."""
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys.toml"
         keys.write_text("".join(f'[[keys]]\nname = "{key}"\nkey = "{key}"\n' for key in (LIGHT, HEAVY)))
@@ -270,7 +317,6 @@ def with_server(
         server = subprocess.Popen(command, stderr=subprocess.PIPE)
         assert server.stderr is not None
         port, generator = 0, None
-        started(server.pid)
         try:
             while b"ready:" not in (line := server.stderr.readline()):
                 assert line, "the server has ended"
@@ -278,7 +324,7 @@ def with_server(
                     port = int(line.partition(b"http://")[2].split()[0].rpartition(b":")[2])
             threading.Thread(target=server.stderr.read, daemon=True).start()
             generator = Generator(port, nice)
-            work(port, generator)
+            work(Server(port, server.pid, engine_of(server.pid)), generator)
         finally:
             if generator is not None:
                 generator.close()
@@ -290,6 +336,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--load-nice", type=int, default=19, help="niceness of the load; 0 where others would leave it no CPU"
+    )
     parser.add_argument("--generate", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--nice", type=int, default=19, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -297,12 +346,12 @@ def main() -> None:
         generate(given.generate, given.nice)
         return
 
-    def work(port: int, generator: Generator) -> None:
-        rate = overload(port, generator, given.seconds, given.turns)
-        fairness(port, generator, given.seconds, given.turns, rate)
+    def work(server: Server, generator: Generator) -> None:
+        rate = overload(server, generator, given.seconds, given.turns)
+        fairness(server, generator, given.seconds, given.turns, rate)
         print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
-    with_server(work)
+    with_server(work, nice=given.load_nice)
 
 
 if __name__ == "__main__":

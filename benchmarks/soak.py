@@ -23,6 +23,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,11 @@ class Reading:
 
 def processes(pid: int) -> list[int]:
     """The process and its children."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
+    try:  # each thread has its own
+        texts = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
         return []
-    return [pid, *(each for child in children for each in processes(int(child)))]
+    return [pid, *(each for text in texts for child in text.split() for each in processes(int(child)))]
 
 
 def resident(pid: int) -> dict[str, int]:
@@ -147,9 +149,13 @@ def status_of(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1])
 
 
-async def many(count: int, at_once: int, port: int, done: Counter[str] | None = None) -> Counter[str]:
-    """Answers to `count` requests, `at_once` at a time: right, or the path with its wrong status."""
-    done, left = Counter() if done is None else done, iter(range(count))
+async def many(
+    count: int, at_once: int, port: int, done: Counter[str] | None = None, seconds: float = inf
+) -> Counter[str]:
+    """Answers to `count` requests, `at_once` at a time: right, or the path with its wrong status. None begins after
+    `seconds`."""
+    until = time.monotonic() + seconds
+    done, left = Counter() if done is None else done, takewhile(lambda _: time.monotonic() < until, range(count))
 
     async def client() -> None:
         for _ in left:
@@ -190,15 +196,19 @@ async def silent(count: int, port: int, seconds: float) -> None:
 # -- what must hold ---------------------------------------------------------------------------------------------------
 
 
-async def watched(count: int, at_once: int, server: Process, port: int, wrong: list[str]) -> None:
-    """Run requests and read the memory meanwhile; note wrong answers, and growth over the second half."""
+async def watched(count: int, at_once: int, server: Process, port: int, wrong: list[str], seconds: float = inf) -> None:
+    """Run requests, for `seconds` at most, and read the memory meanwhile; note wrong answers, and growth over the
+    second half."""
     done, readings = Counter[str](), list[dict[str, int]]()
-    work = asyncio.create_task(many(count, at_once, port, done))
+    work = asyncio.create_task(many(count, at_once, port, done, seconds))
     step = max(1, count // READINGS)
     while not work.done():
         await asyncio.wait((work,), timeout=0.2)
         if done.total() >= step * (len(readings) + 1):
             readings.append(resident(server.pid))
+            if len(readings) % (READINGS // 10) == 0:
+                sizes = ", ".join(f"{role} {rss / 2**20:.1f} MiB" for role, rss in readings[-1].items())
+                print(f"{done.total()} requests: {sizes}", flush=True)
     await work
     wrong += [f"{number} answers to {what}" for what, number in done.items() if what != "right"]
     print(f"{done['right']} of {done.total()} answers right")
@@ -255,13 +265,15 @@ async def soak(
     requests: int,
     disconnects: int,
     num_silent: int,
+    seconds: float = inf,
     warm: int = WARM_REQUESTS,
     silent_seconds: float = 5.0,
     num_large: int = 24,
     last_streams: int = 200,
     flags: tuple[str, ...] = FLAGS,
 ) -> list[str]:
-    """Run a server through all of it, after `warm` requests; returns what is not as it was."""
+    """Run a server through all of it, after `warm` requests; returns what is not as it was. No more of `requests` begin
+    after `seconds`."""
     # A spare starts after the first reading, and would count as growth; so would the first use of many blocks.
     command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--threads", "1", "--no-spare"]
     server = await asyncio.create_subprocess_exec(*command, *flags, stderr=asyncio.subprocess.PIPE)
@@ -279,7 +291,7 @@ async def soak(
         await many(warm, 16, port)
         before = await _settled(server.pid, url)
         with timed(f"{requests} requests"):
-            await watched(requests, 16, server, port, wrong)
+            await watched(requests, 16, server, port, wrong, seconds)
         with timed(f"{disconnects} disconnects"):
             await leave(disconnects, 50, port)
         with timed(f"{num_silent} clients that never read"):
@@ -333,8 +345,16 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--disconnects", type=int, default=10_000)
     parser.add_argument("--silent", type=int, default=500)
+    parser.add_argument("--minutes", type=float, default=inf, help="no further requests begin after so many")
     given = parser.parse_args()
-    wrong = asyncio.run(soak(requests=given.requests, disconnects=given.disconnects, num_silent=given.silent))
+    wrong = asyncio.run(
+        soak(
+            requests=given.requests,
+            disconnects=given.disconnects,
+            num_silent=given.silent,
+            seconds=60 * given.minutes,
+        )
+    )
     print("\n".join(wrong) or "as it began")
     return 1 if wrong else 0
 

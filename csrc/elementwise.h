@@ -27,15 +27,49 @@ QUIRE_INLINE void normalise(const float* x, const float* weight, float eps, floa
     for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
+QUIRE_INLINE void add_row(float* to, const float* x, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + load(x + i));
+    for (; i < n; ++i) to[i] += x[i];
+}
+
 // The norm of x, or with a residual of the residual after adding x to it.
 QUIRE_INLINE void rms_norm_row(const float* x, float* residual, const float* weight, float eps, float* out, int64_t n) {
-    if (residual) {
-        int64_t i = 0;
-        for (; i + kLanes <= n; i += kLanes) store(residual + i, load(residual + i) + load(x + i));
-        for (; i < n; ++i) residual[i] += x[i];
-        x = residual;
+    if (residual) add_row(residual, x, n);
+    normalise(residual ? residual : x, weight, eps, out, n);
+}
+
+// out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, if there is one.
+static void layer_norm_row(const float* x, const float* weight, const float* bias, float eps, float* out, int64_t n) {
+    Vec sums{}, squares{};
+    for (int64_t i = 0; i < n; i += kLanes) sums += n - i >= kLanes ? load(x + i) : load_first(x + i, n - i);
+    const float mean = sum(sums) / float(n);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Vec v = load(x + i) - mean;
+        squares += v * v;
     }
-    normalise(x, weight, eps, out, n);
+    float rest = 0;
+    for (int64_t j = i; j < n; ++j) rest += (x[j] - mean) * (x[j] - mean);
+    const float inverse = 1.0f / sqrtf((sum(squares) + rest) / float(n) + eps);
+    for (i = 0; i + kLanes <= n; i += kLanes) {
+        const Vec v = (load(x + i) - mean) * inverse * load(weight + i);
+        store(out + i, bias ? v + load(bias + i) : v);
+    }
+    for (; i < n; ++i) out[i] = (x[i] - mean) * inverse * weight[i] + (bias ? bias[i] : 0.0f);
+}
+
+// The norm of x, or with a residual of the residual after adding x to it.
+static void layer_norm(Rows x, float* residual, const float* weight, const float* bias, float eps, float* out, int64_t rows,
+                       int64_t columns) {
+    share_tasks(rows * columns >= kParallelElements, rows, [&](int64_t row, int64_t) {
+        const float* given = x.data + row * x.stride;
+        if (residual) {
+            add_row(residual + row * columns, given, columns);
+            given = residual + row * columns;
+        }
+        layer_norm_row(given, weight, bias, eps, out + row * columns, columns);
+    });
 }
 
 static void rms_norm(Rows x, float* residual, const float* weight, float eps, float* out, int64_t rows,
@@ -144,6 +178,14 @@ QUIRE_INLINE void gate_row(const float* x, float* out, int64_t columns, Gate gat
         const int64_t rest = columns - i;
         store_first(out + i, gate.of(load_first(x + i, rest), load_first(up + i, rest)), rest);
     }
+}
+
+// x [columns] -> out [columns]. `out` may be x.
+template <class Activation>
+QUIRE_INLINE void activate_row(const float* x, float* out, int64_t columns) {
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) store(out + i, Activation::of(load(x + i)));
+    if (i < columns) store_first(out + i, Activation::of(load_first(x + i, columns - i)), columns - i);
 }
 
 template <class Activation>

@@ -166,14 +166,18 @@ struct BytePairs {
 
 // The same with codes of few bits.
 struct CodedPairs : RowsOfFloats {
-    using RowsOfFloats::RowsOfFloats;
+    float* sums;  // [pairs, the larger number of spans]
+
+    CodedPairs(const Experts& a, Area& area) : RowsOfFloats(a, area) {
+        const int64_t most = max_of(num_spans(a.gate_up.coded, a.gate_up.k), num_spans(a.down.coded, a.down.k));
+        sums = area.take<float>(a.tokens * a.num_active * most);
+    }
 
     void prepare(const ExpertLinear& layer, const PairTile& tile, const float* const* rows, int64_t) const {
-        float* const to = inputs + tile.first * layer.k;
-        if (!layer.order) return arrange<float>(rows, tile.count, 0, layer.k, to);
-        const int32_t* const order = layer.order + tile.expert * layer.k;
-        for (int64_t k = 0; k < layer.k; ++k)
-            for (int64_t r = 0; r < tile.count; ++r) to[k * tile.count + r] = rows[r][order[k]];
+        const int32_t* const order = layer.order ? layer.order + tile.expert * layer.k : nullptr;
+        for (int64_t r = 0; r < tile.count; ++r)
+            prepare_codes_row(layer.coded, rows[r], order, layer.k, r, tile.count, inputs + tile.first * layer.k,
+                              sums + tile.first * num_spans(layer.coded, layer.k));
     }
 
     void multiply(const ExpertLinear& layer, const ExpertRun& run, float* out, int64_t vector, int64_t vector_end,
@@ -184,7 +188,8 @@ struct CodedPairs : RowsOfFloats {
         w.codes += run.expert * layer.weight_bytes;
         w.scales = of_expert(w.scales);
         if (w.offsets) w.offsets = of_expert(w.offsets);
-        multiply_coded_tiles(a, w, inputs + run.first * layer.k, num_tiles(run), 0, num_tiles(run), vector, vector_end);
+        multiply_coded_tiles(a, w, inputs + run.first * layer.k, sums + run.first * num_spans(w, layer.k), num_tiles(run), 0,
+                             num_tiles(run), vector, vector_end);
     }
 };
 
@@ -272,7 +277,7 @@ static void compute_experts(const Experts& a) {
         const float* rows[Pairs::kTileRows];
         for (int64_t r = 0; r < tile.count; ++r) {
             float* const row = made + (tile.first + r) * 2 * inner;
-            make_gated_row(a.gate, a.alpha, a.limit, row, inner, row);
+            make_activated_row(a.gate, a.alpha, a.limit, row, inner, row);
             rows[r] = row;
         }
         pairs.prepare(a.down, tile, rows, thread);

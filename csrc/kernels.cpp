@@ -23,6 +23,7 @@ namespace quire::QUIRE_ISA {
 extern const Kernels kernels = {
     .isa = QUIRE_NAME(QUIRE_ISA),
     .rms_norm = rms_norm,
+    .layer_norm = layer_norm,
     .rms_norm_heads = rms_norm_heads,
     .rotary = rotary,
     .silu_and_mul = activate_and_mul<Silu>,

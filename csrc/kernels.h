@@ -95,6 +95,11 @@ enum class InputOp : uint8_t {
     relu,
     relu2,
     clamped_swiglu,  // of experts only
+    plain_silu,  // x [m, k]: its activation
+    plain_gelu,
+    plain_gelu_tanh,
+    plain_relu,
+    plain_relu2,
 };
 struct LinearInput {
     Rows x;
@@ -178,7 +183,7 @@ struct CodedLinear {
     const int32_t* order;  // [k]: input k of the weight is input order[k] of x; null: they are the same
     const float* bias;     // [n] or null
     float* out;            // [m, n], contiguous
-    float* scratch;        // 2 * m * k floats
+    float* scratch;        // m * (2 * k + k / 8 + 1) floats
     int64_t m, n, k;
 };
 
@@ -285,6 +290,8 @@ struct Lora {
 struct Kernels {
     const char* isa;
     void (*rms_norm)(Rows x, float* residual, const float* weight, float eps, float* out, int64_t rows, int64_t columns);
+    void (*layer_norm)(Rows x, float* residual, const float* weight, const float* bias, float eps, float* out, int64_t rows,
+                       int64_t columns);
     void (*rms_norm_heads)(Rows x, const float* weight, float eps, int64_t tokens, int64_t heads, int64_t head_dim);
     void (*rotary)(Rows x, const int32_t* positions, const float* cos_sin, int64_t rotary_dim, int64_t tokens,
                    int64_t heads, int64_t head_dim);

@@ -29,6 +29,8 @@ constexpr int64_t kParallelProducts = 1 << 16;
 // With so many tiles of rows for each thread, threads share out rows: what one makes of a row, the same one reads in
 // the next layer. With fewer, all reading all weights costs more than what passes between them.
 constexpr int64_t kTilesPerThread = 4;
+// With so many blocks of rows for each thread, a block is one task: no thread waits long for another's last.
+constexpr int64_t kBlocksPerThread = 4;
 // Inputs are rearranged in runs of this many steps, so that few rows keep all threads busy too.
 constexpr int64_t kInputRun = 256;
 
@@ -156,6 +158,25 @@ static void multiply_tile(int64_t rows, const Linear& a, const float* inputs, fl
     run.template operator()<1>();
 }
 
+typedef float Four __attribute__((vector_size(16)));
+#ifdef __clang__
+#define QUIRE_JOIN_FOUR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t FourIndices __attribute__((vector_size(16)));
+#define QUIRE_JOIN_FOUR(a, b, ...) __builtin_shuffle(a, b, FourIndices{__VA_ARGS__})
+#endif
+
+// Four numbers of four rows -> for each of four steps these rows' numbers, `stride` apart.
+QUIRE_INLINE void put_transposed(const float* const* from, int64_t k, float* to, int64_t stride) {
+    Four row[4];
+    for (int r = 0; r < 4; ++r) memcpy(&row[r], from[r] + k, sizeof(Four));
+    const Four low02 = QUIRE_JOIN_FOUR(row[0], row[2], 0, 4, 1, 5), high02 = QUIRE_JOIN_FOUR(row[0], row[2], 2, 6, 3, 7);
+    const Four low13 = QUIRE_JOIN_FOUR(row[1], row[3], 0, 4, 1, 5), high13 = QUIRE_JOIN_FOUR(row[1], row[3], 2, 6, 3, 7);
+    const Four steps[4] = {QUIRE_JOIN_FOUR(low02, low13, 0, 4, 1, 5), QUIRE_JOIN_FOUR(low02, low13, 2, 6, 3, 7),
+                           QUIRE_JOIN_FOUR(high02, high13, 0, 4, 1, 5), QUIRE_JOIN_FOUR(high02, high13, 2, 6, 3, 7)};
+    for (int i = 0; i < 4; ++i) memcpy(to + i * stride, &steps[i], sizeof(Four));
+}
+
 // Rows as the micro-kernel reads them: a run of steps along k, of the rows of one tile.
 template <class T>
 static void arrange(const float* const* from, int64_t rows, int64_t begin, int64_t end, float* to) {
@@ -169,16 +190,23 @@ static void arrange(const float* const* from, int64_t rows, int64_t begin, int64
                 for (int64_t i = 0; i < lanes; i += 2) memcpy(to + (k + i) / 2 * rows + r, pairs + i, 2 * sizeof(BFloat));
             }
     } else {
-        for (int64_t k = begin; k < end; ++k)
+        int64_t k = begin;
+        for (; rows >= 4 && k + 4 <= end; k += 4)
+            for (int64_t r = 0; r < rows; r += 4) {
+                const int64_t first = min_of(r, rows - 4);  // the last four rows may be some of the four before
+                put_transposed(from + first, k, to + k * rows + first, rows);
+            }
+        for (; k < end; ++k)
             for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r][k];
     }
 }
 
-// The tiles `first` to `last` of a product against a run of vectors. Of num_tiles tiles, tile i begins at row
-// i * m / num_tiles.
+// The tiles `first` to `last` of a product against a run of vectors; `inputs` are those of the first. Of num_tiles tiles,
+// tile i begins at row i * m / num_tiles.
 template <class T>
 static void multiply_tiles(const Linear& a, const float* inputs, int64_t num_tiles, int64_t first, int64_t last,
                            int64_t vector, int64_t vector_end) {
+    const int64_t first_row = first * a.m / num_tiles;
     const bool few = last - first <= kFewTiles;
     const int64_t depth = few ? kDepthOfFew : kSliceDepth, step = last - first > 1 ? kVectorsPerPanel : vector_end - vector;
     for (int64_t k = 0; k < a.k; k += depth)
@@ -186,8 +214,29 @@ static void multiply_tiles(const Linear& a, const float* inputs, int64_t num_til
             for (int64_t tile = first; tile < last; ++tile) {
                 const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
                 const Place place{k, min_of(k + depth, a.k), k == 0, tile - first, last - first};
-                multiply_tile<T>(rows, a, inputs + begin * a.k, a.out + begin * a.n, v, min_of(vector_end, v + step), place);
+                multiply_tile<T>(rows, a, inputs + (begin - first_row) * a.k, a.out + begin * a.n, v, min_of(vector_end, v + step), place);
             }
+}
+
+// Many rows: a task makes a block of them, rearranges it in a core's cache, and multiplies it with all weights.
+template <class T>
+static void multiply_blocks_of_rows(const Linear& a, int64_t num_tiles, int64_t num_blocks, int64_t threads) {
+    const int64_t num_vectors = (a.n + kLanes - 1) / kLanes;
+    const int64_t most_rows = ((num_tiles + num_blocks - 1) / num_blocks + 1) * kMaxRows;  // one tile is for rows as they are made
+    share_tasks(threads > 1, num_blocks, [&](int64_t block, int64_t thread) {
+        const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
+        float *const inputs = a.scratch + thread * most_rows * a.k, *const made = inputs + (most_rows - kMaxRows) * a.k;
+        float* to = inputs;
+        for (int64_t tile = first; tile < last; ++tile) {
+            const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
+            const float* from[kMaxRows];
+            for (int64_t r = 0; r < rows; ++r) from[r] = input_row(a.x, begin + r, a.k, made + r * a.k);
+            arrange<T>(from, rows, 0, a.k, to);
+            to += rows * a.k;
+        }
+        for (int64_t vector = 0; vector < num_vectors; vector += kVectorsPerTask)
+            multiply_tiles<T>(a, inputs, num_tiles, first, last, vector, min_of(vector + kVectorsPerTask, num_vectors));
+    });
 }
 
 template <class T>
@@ -197,6 +246,9 @@ static void multiply(const Linear& a) {
     int64_t num_tiles = (a.m + kMaxRows - 1) / kMaxRows;
     const bool by_rows = num_tiles >= kTilesPerThread * threads;
     if (by_rows) num_tiles = round_up(num_tiles, threads);
+    const int64_t blocks_of_rows = round_up((a.m + kBlockRows - 1) / kBlockRows, threads);
+    if (by_rows && (threads == 1 || blocks_of_rows >= kBlocksPerThread * threads))
+        return multiply_blocks_of_rows<T>(a, num_tiles, blocks_of_rows, threads);
     const auto tile_begin = [&](int64_t tile) { return tile * a.m / num_tiles; };
     const int64_t num_vectors = (a.n + kLanes - 1) / kLanes, num_runs = (a.k + kInputRun - 1) / kInputRun;
 
@@ -206,8 +258,7 @@ static void multiply(const Linear& a) {
     while (num_tiles == 1 && group < 8 && num_vectors >= 4 * threads * group) group *= 2;
     if (by_rows) group = kVectorsPerTask;
     const int64_t num_groups = (num_vectors + group - 1) / group;
-    const int64_t num_blocks = by_rows ? round_up((a.m + kBlockRows - 1) / kBlockRows, threads)
-                                       : max_of(1, min_of(num_tiles, 2 * threads / num_groups));
+    const int64_t num_blocks = by_rows ? blocks_of_rows : max_of(1, min_of(num_tiles, 2 * threads / num_groups));
 
     // A single row lies as the micro-kernel reads it; others are rearranged to [tile][k][rows of the tile].
     const bool arranged = a.m > 1;
@@ -228,7 +279,8 @@ static void multiply(const Linear& a) {
     share_tasks(parallel, num_blocks * num_groups, [&](int64_t i, int64_t) {
         const int64_t block = i / num_groups, g = i % num_groups;
         const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
-        multiply_tiles<T>(a, inputs, num_tiles, first, last, g * group, min_of((g + 1) * group, num_vectors));
+        multiply_tiles<T>(a, inputs + tile_begin(first) * a.k, num_tiles, first, last, g * group,
+                          min_of((g + 1) * group, num_vectors));
     });
 }
 

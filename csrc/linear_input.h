@@ -7,8 +7,8 @@
 
 namespace quire::QUIRE_ISA {
 
-// x [2 k] -> made [k], which may be x. Only a clamped gate has an alpha and a limit.
-QUIRE_INLINE void make_gated_row(InputOp op, float alpha, float limit, const float* x, int64_t k, float* made) {
+// x [2 k], or [k] without a gate -> made [k], which may be x. Only a clamped gate has an alpha and a limit.
+static void make_activated_row(InputOp op, float alpha, float limit, const float* x, int64_t k, float* made) {
     switch (op) {
         case InputOp::silu: return gate_row<Times<Silu>>(x, made, k);
         case InputOp::gelu: return gate_row<Times<Gelu>>(x, made, k);
@@ -16,7 +16,12 @@ QUIRE_INLINE void make_gated_row(InputOp op, float alpha, float limit, const flo
         case InputOp::relu: return gate_row<Times<Relu>>(x, made, k);
         case InputOp::relu2: return gate_row<Times<SquaredRelu>>(x, made, k);
         case InputOp::clamped_swiglu: return gate_row(x, made, k, ClampedSwiglu{alpha, limit});
-        case InputOp::none: case InputOp::rms_norm: return;  // no gates
+        case InputOp::plain_silu: return activate_row<Silu>(x, made, k);
+        case InputOp::plain_gelu: return activate_row<Gelu>(x, made, k);
+        case InputOp::plain_gelu_tanh: return activate_row<GeluTanh>(x, made, k);
+        case InputOp::plain_relu: return activate_row<Relu>(x, made, k);
+        case InputOp::plain_relu2: return activate_row<SquaredRelu>(x, made, k);
+        case InputOp::none: case InputOp::rms_norm: return;  // no activations
     }
 }
 
@@ -27,7 +32,7 @@ QUIRE_INLINE const float* input_row(const LinearInput& input, int64_t row, int64
     if (input.op == InputOp::rms_norm)
         rms_norm_row(x, input.residual ? input.residual + row * k : nullptr, input.norm_weight, input.eps, made, k);
     else
-        make_gated_row(input.op, 0, 0, x, k, made);
+        make_activated_row(input.op, 0, 0, x, k, made);
     return made;
 }
 

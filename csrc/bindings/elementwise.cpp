@@ -20,6 +20,21 @@ void rms_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& wei
     kernels->rms_norm(input.rows(), total, scale, eps, output.pointer<float>(), rows, columns);
 }
 
+void layer_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, std::optional<Tensor> bias, float eps,
+                const Tensor& out) {
+    const Argument input("x", x), output("out", out);
+    input.of(kFloat32).shaped({kAny, kAny}).contiguous(1);
+    const int64_t rows = input.size(0), columns = input.size(1);
+    output.of(kFloat32).shaped({rows, columns}).contiguous();
+    const float* scale = vector_of_floats("weight", weight, columns);
+    const float* shift = bias ? vector_of_floats("bias", *bias, columns) : nullptr;
+    float* total = nullptr;
+    if (residual)
+        total = Argument("residual", *residual).of(kFloat32).shaped({rows, columns}).contiguous().pointer<float>();
+    nb::gil_scoped_release release;
+    kernels->layer_norm(input.rows(), total, scale, shift, eps, output.pointer<float>(), rows, columns);
+}
+
 void rms_norm_heads(const Tensor& x, const Tensor& weight, float eps) {
     const Argument input("x", x);
     input.of(kFloat32).shaped({kAny, kAny, kAny}).contiguous(1);
@@ -60,6 +75,8 @@ void activate_and_mul(const Tensor& x, const Tensor& out) {
 void bind_elementwise(nb::module_& m) {
     m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"),
           nb::arg("out"));
+    m.def("layer_norm", &layer_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("bias").none(),
+          nb::arg("eps"), nb::arg("out"));
     m.def("rms_norm_heads", &rms_norm_heads, nb::arg("x"), nb::arg("weight"), nb::arg("eps"));
     m.def("rotary", &rotary, nb::arg("q"), nb::arg("k"), nb::arg("positions"), nb::arg("cos_sin"));
     m.def("silu_and_mul", &activate_and_mul<&Kernels::silu_and_mul>, nb::arg("x"), nb::arg("out"));

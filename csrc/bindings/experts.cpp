@@ -105,7 +105,7 @@ Experts experts_of(const ExpertArguments& arguments, int64_t num_experts, const 
     a.weights = weight.of(kFloat32).shaped({a.tokens, a.num_active}).contiguous().pointer<float>();
     a.out = output.of(kFloat32).shaped({a.tokens, input.size(1)}).contiguous(1).rows();
     a.gate = input_op(gate);
-    if (a.gate <= InputOp::rms_norm) throw std::invalid_argument("gate: '" + gate + "' is none");
+    if (!is_gate(a.gate)) throw std::invalid_argument("gate: '" + gate + "' is none");
     a.alpha = alpha;
     a.limit = limit;
     if (inner < 1) throw std::invalid_argument("inner: expected at least 1, found " + std::to_string(inner));

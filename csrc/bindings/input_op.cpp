@@ -6,7 +6,9 @@
 
 namespace quire::bindings {
 
-static const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"};  // as InputOp
+static const char* const kInputOps[] = {
+    "none", "rms_norm", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu",
+    "plain_silu", "plain_gelu", "plain_gelu_tanh", "plain_relu", "plain_relu2"};  // as InputOp
 
 InputOp input_op(const std::string& name) {
     const auto known = std::find(std::begin(kInputOps), std::end(kInputOps), name);

@@ -36,7 +36,7 @@ LinearInput linear_input(const Tensor& x, const std::string& op, const std::opti
         made.norm_weight = vector_of_floats("norm_weight", *norm_weight, k);
         if (residual)
             made.residual = Argument("residual", *residual).of(kFloat32).shaped({m, k}).contiguous().pointer<float>();
-    } else if (made.op != InputOp::none) {
+    } else if (is_gate(made.op)) {
         if (k % 2) input.fail("two halves of columns", std::to_string(k));
         k /= 2;
     }
@@ -126,7 +126,7 @@ void linear_coded(const Tensor& x, const std::string& op, std::optional<Tensor> 
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     a.out = output.pointer<float>();
     if (a.m == 0) return;
-    a.scratch = scratch_of(2 * a.m * a.k);
+    a.scratch = scratch_of(a.m * (2 * a.k + a.k / 8 + 1));
     nb::gil_scoped_release release;
     kernels->linear_coded(a);
 }

@@ -37,8 +37,6 @@ class Backend:
     planner: str
     """What makes the planner of its attention, as "module:name" (see `quire.attention.planners`)."""
     devices: tuple[str, ...]
-    encoder_kernels: str = ""
-    """The module in its place for an encoder whose results may depend on the batch; empty: the same."""
     kv_cache_dtypes: tuple[str, ...] = _PLAIN
     packages: tuple[str, ...] = ()
     """Packages that must be installed beside Quire's own dependencies."""
@@ -78,7 +76,6 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "cpu": Backend(
             kernels="quire.kernels.cpu",
-            encoder_kernels="quire.kernels.cpu_wide",
             planner="quire.attention.planners:CpuPlanner",
             devices=("cpu",),
             kv_cache_dtypes=(*_PLAIN, "int8"),
@@ -101,7 +98,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             sampling="quire.kernels.triton.sampling",
             block_sizes=tuple(range(16, 257, 16)),
             workspace=PARTS_WORKSPACE,
-            lacks=("attention sinks", "latent attention"),
+            lacks=("attention sinks", "latent attention", "images seen from both sides"),
             captures=True,
         ),
         "sdpa": Backend(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -77,6 +78,7 @@ def test_deployments_find_each_other_and_drain(monkeypatch: pytest.MonkeyPatch) 
         await router._backends.client.aclose()
 
     asyncio.run(asyncio.wait_for(run(), 240))
+    gc.collect()  # the replicas, while they have no `__del__`
 
 
 def texts(stream: str) -> str:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from quire.engine import engine_process
 from quire.engine.core import EngineCore
 from quire.engine.engine_process import Connection, main
 from quire.engine.messages import Load
@@ -22,6 +23,7 @@ from quire.scheduler.scheduler import Scheduler
 from quire.step import NewRow, StepPlan, StepResult
 
 PROGRAM = "tests.engine.scripted_process"
+engine_process.ORPHAN_SECONDS = float(os.environ.get("QUIRE_TEST_ORPHAN_SECONDS", engine_process.ORPHAN_SECONDS))
 STEP_SECONDS = float(os.environ.get("QUIRE_TEST_STEP_SECONDS", "0.002"))
 
 

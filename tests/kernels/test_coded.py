@@ -73,6 +73,8 @@ def assert_product(found: Tensor, x: Tensor, weights: Sequence[CodedMatrix], bia
         ((33, 200), 32, "zeros", torch.bfloat16),
         ((7, 77), 128, "shifts", torch.float32),
         ((70, 300), 24, "zeros", torch.float16),
+        ((45, 520), 256, "shifts", torch.float16),
+        ((300, 260), 1000, "zeros", torch.float16),
     ],
     ids=str,
 )

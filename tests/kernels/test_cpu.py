@@ -75,6 +75,20 @@ def test_add_rms_norm(isa: str, tokens: int, hidden: int) -> None:
     assert_close(residual, total)
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize(("tokens", "hidden"), ROWS)
+def test_layer_norm(isa: str, tokens: int, hidden: int, with_bias: bool) -> None:
+    """Of numbers whose mean is large beside their variance, alone and after an update."""
+    x, weight, bias = torch.randn(tokens, hidden + 3)[:, 3:] + 9, torch.rand(hidden), torch.randn(hidden)
+    shift, wide = (bias, bias.double()) if with_bias else (None, None)
+    expected = reference.layer_norm(x.double(), None, weight.double(), wide, 1e-5)
+    assert_close(cpu.layer_norm(x, None, weight, shift, 1e-5), expected)
+    residual, total = torch.randn(tokens, hidden), torch.empty(tokens, hidden, dtype=torch.float64)
+    expected = reference.layer_norm(total.copy_(residual), x.double(), weight.double(), wide, 1e-5)
+    assert_close(cpu.layer_norm(residual, x, weight, shift, 1e-5), expected)
+    assert_close(residual, total)
+
+
 def _row_peaks(kernel: Callable[..., None], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     peaks, ids = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int32)
     kernel(x, peaks, ids)

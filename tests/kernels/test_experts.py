@@ -188,7 +188,8 @@ def test_cpu_equals_the_reference(stored: str, route: str, isa: str) -> None:
     else:
         # The last bit of an activation may round to another of 8 bits.
         rounded = not isinstance(case.stored, str) or stored == "blocks"
-        tolerance = 2e-3 if rounded else 2e-5 if stored == "mxfp4" else 1e-6
+        # Sums of codes are made before their zero points are taken from them.
+        tolerance = 2e-3 if rounded else 2e-5 if stored == "mxfp4" else 4e-6 if "codes" in stored else 1e-6
         assert error(found, run(REFERENCE, case.packed(REFERENCE), x, chosen, weights)) < tolerance
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from quire.kernels import cpu, reference
 from quire.kernels.interface import PackedWeight, QuantizedWeight
+from quire.layers.activation import FUSED_ACTIVATIONS, FUSED_GATES, activation_function
 from quire.quantization import METHODS, WeightFormat
 
 DTYPES = ["float32", "float16", "bfloat16"]
@@ -147,6 +148,24 @@ def test_the_gate_before_a_layer_is_the_same_with_it(
 
 
 @pytest.mark.parametrize("stored", FORMATS, ids=str)
+@pytest.mark.parametrize("activation", sorted(FUSED_ACTIVATIONS))
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 100), (15, 65, 257), (70, 96, 64)])
+def test_the_activation_before_a_layer_is_the_same_with_it(
+    m: int, n: int, k: int, activation: str, stored: str | WeightFormat
+) -> None:
+    """It equals torch's, and is a gate whose other half is 1."""
+    _, weight, bias = case(m, n, k, "float32")
+    x, packed = torch.randn(m, k + 8)[:, 8:], pack(weight, stored)
+    found = cpu.activation_linear(x, activation, packed, bias, n)
+    if activation in FUSED_GATES:
+        assert torch.equal(found, cpu.glu_linear(torch.cat([x, torch.ones(m, k)], 1), activation, packed, bias, n))
+    expected = product(activation_function(activation)(x), packed, bias, n)
+    assert (found - expected).norm() <= (1e-6 if isinstance(stored, str) else 5e-3) * expected.norm()
+    for begin, end in ((0, 1), (3, 9), (7, 39)):
+        assert torch.equal(cpu.activation_linear(x[begin:end], activation, packed, bias, n), found[begin:end])
+
+
+@pytest.mark.parametrize("stored", FORMATS, ids=str)
 def test_what_a_layer_is_made_of_is_checked(stored: str | WeightFormat) -> None:
     packed = pack(torch.zeros(50, 24), stored)
     with pytest.raises(ValueError, match=r"residual: expected shape \[2, 24\], found \[3, 24\]"):
@@ -155,6 +174,8 @@ def test_what_a_layer_is_made_of_is_checked(stored: str | WeightFormat) -> None:
         cpu.rms_norm_linear(torch.zeros(2, 24), None, torch.ones(23), 1e-5, packed, None, 50)
     with pytest.raises(ValueError, match="x: expected two halves of columns, found 47"):
         cpu.glu_linear(torch.zeros(2, 47), "silu", packed, None, 50)
+    with pytest.raises(ValueError, match="op: no input is made by 'plain_tanh'"):
+        cpu.activation_linear(torch.zeros(2, 24), "tanh", packed, None, 50)
     with pytest.raises(ValueError, match="op: no input is made by 'tanh'"):
         cpu.glu_linear(torch.zeros(2, 48), "tanh", packed, None, 50)
 

@@ -63,7 +63,7 @@ def test_any_norm_before_a_layer(kind: str) -> None:
     if kind == "rms":
         norm = RMSNorm(reference, scale, 1e-5)
     else:
-        norm = LayerNorm(scale, bias if kind == "layer" else None, 1e-5)
+        norm = LayerNorm(reference, scale, bias if kind == "layer" else None, 1e-5)
     residual, update = torch.randn(5, 64), torch.randn(5, 64)
     layer, stream = Linear(reference, [LinearWeight(weight)], "float32"), residual.clone()
     found = layer(Normed(norm, stream, update))

@@ -10,7 +10,7 @@ from quire.layers.norm import HeadNorm, JointHeadNorm, LayerHeadNorm, LayerNorm,
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norm_of_the_updated_residual(kind: str) -> None:
     weight, bias = torch.randn(32), torch.randn(32)
-    norm = RMSNorm(reference, weight, 1e-6) if kind == "rms" else LayerNorm(weight, bias, 1e-6)
+    norm = RMSNorm(reference, weight, 1e-6) if kind == "rms" else LayerNorm(reference, weight, bias, 1e-6)
     residual, update = torch.randn(5, 32), torch.randn(5, 32)
     total = residual + update
     alone = norm(total.clone())

@@ -11,6 +11,7 @@ import pytest
 
 from quire.engine.engine_process import Connection
 from quire.engine.messages import ReportMemory, encode
+from quire.errors import ConfigError
 from quire.server import connection as http_connection
 from quire.server.descriptors import RESERVED, WANTED, max_connections, raise_limit
 from tests.server.running_server import RunningServer
@@ -45,7 +46,6 @@ UNLIMITED = resource.RLIM_INFINITY
         (System(1_000_000, 1_000_000), 1_000_000, 1_000_000 - RESERVED),
         (System(UNLIMITED, UNLIMITED), UNLIMITED, WANTED),
         (System(64, 64), 64, 32),
-        (System(1, 1), 1, 1),
     ],
 )
 def test_the_limit_is_raised_and_a_part_of_it_is_kept(
@@ -55,6 +55,14 @@ def test_the_limit_is_raised_and_a_part_of_it_is_kept(
     monkeypatch.setattr(resource, "setrlimit", system.setrlimit)
     raise_limit()
     assert (system.limits[0], max_connections()) == (soft, connections)
+
+
+@pytest.mark.parametrize("system", [System(63, 63), System(8, 63), System(1, 4096, refuses=True)])
+def test_too_few_descriptors_are_one_line(monkeypatch: pytest.MonkeyPatch, system: System) -> None:
+    monkeypatch.setattr(resource, "getrlimit", system.getrlimit)
+    monkeypatch.setattr(resource, "setrlimit", system.setrlimit)
+    with pytest.raises(ConfigError, match=r"may open \d+ files \(ulimit -n\); a server needs 64 or more"):
+        raise_limit()
 
 
 def test_a_connection_too_many_is_answered_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:

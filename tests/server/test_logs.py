@@ -36,7 +36,14 @@ def record(message: str, **extra: object) -> logging.LogRecord:
     return made
 
 
-def served(capsys: pytest.CaptureFixture[str], **options: object) -> list[str]:
+def written(capfd: pytest.CaptureFixture[str]) -> str:
+    """What was logged since the last call."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    return capfd.readouterr().err
+
+
+def served(capfd: pytest.CaptureFixture[str], **options: object) -> list[str]:
     """The lines that a server logs for a completion, an embedding, a refusal and three probes."""
     settings = ServerSettings(port=0, access_log=True, **options)  # type: ignore[arg-type]
     configure_logging(settings)
@@ -47,11 +54,11 @@ def served(capsys: pytest.CaptureFixture[str], **options: object) -> list[str]:
         server.send("GET", "/no%0Asuch", headers={"x-request-id": "a status=200"})
         for path in ("/health", "/health/live", "/health/ready"):
             server.send("GET", path)
-    return capsys.readouterr().err.splitlines()
+    return written(capfd).splitlines()
 
 
-def test_an_access_line_of_json_has_time_request_id_tokens_and_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.loads(line) for line in served(capsys, log_format="json")]
+def test_an_access_line_of_json_has_time_request_id_tokens_and_milliseconds(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in served(capfd, log_format="json")]
     assert [line["status"] for line in lines] == [200, 200, 200, 404]
     whole, streamed, embedded, missing = lines
     assert whole["request_id"] == "mine"
@@ -68,7 +75,7 @@ def test_an_access_line_of_json_has_time_request_id_tokens_and_milliseconds(caps
         assert abs((datetime.now(UTC) - datetime.fromisoformat(line["time"])).total_seconds()) < 60
 
 
-def test_an_access_line_names_the_key_and_never_shows_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_access_line_names_the_key_and_never_shows_it(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """So that the lines are an audit log: who asked what, when, and what came of it."""
     keys = tmp_path / "keys.toml"
     keys.write_text('[[keys]]\nname = "alice"\nkey = "secret-of-alice"\n')
@@ -78,14 +85,14 @@ def test_an_access_line_names_the_key_and_never_shows_it(capsys: pytest.CaptureF
     with RunningServer(ScriptedEngine(), settings) as server:
         for headers in sent:
             server.send("POST", "/v1/completions", COMPLETION, headers)
-    written = capsys.readouterr().err
-    found = [(line["status"], line.get("key")) for line in map(json.loads, written.splitlines())]
+    lines = written(capfd)
+    found = [(line["status"], line.get("key")) for line in map(json.loads, lines.splitlines())]
     assert found == [(200, "alice"), (200, sha256(b"secret-plain").hexdigest()[:8]), (401, None)]
-    assert "secret" not in written
+    assert "secret" not in lines
 
 
-def test_an_access_line_of_text_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
-    whole, _, _, missing = served(capsys)
+def test_an_access_line_of_text_cannot_be_forged(capfd: pytest.CaptureFixture[str]) -> None:
+    whole, _, _, missing = served(capfd)
     assert " INFO quire.access: POST /v1/completions status=200 ms=" in whole
     assert " completion_tokens=3 " in whole
     assert whole.endswith(" request_id=mine")
@@ -93,20 +100,20 @@ def test_an_access_line_of_text_cannot_be_forged(capsys: pytest.CaptureFixture[s
     assert missing.endswith(' request_id="a status=200"')
 
 
-def test_no_access_line_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert served(capsys) != []
+def test_no_access_line_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    assert served(capfd) != []
     configure_logging(ServerSettings(port=0))
     with RunningServer(ScriptedEngine()) as server:
         server.send("POST", "/v1/completions", COMPLETION)
-    assert capsys.readouterr().err == ""
+    assert written(capfd) == ""
 
 
-def test_every_line_in_a_request_has_its_id(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_in_a_request_has_its_id(capfd: pytest.CaptureFixture[str]) -> None:
     configure_logging(ServerSettings(log_format="json"))
     with RunningServer(ScriptedEngine(raises=ValueError("a bug"))) as server:
         response, _ = server.send("POST", "/v1/completions", COMPLETION, {"x-request-id": "faulty"})
     assert response.status == 500
-    line = json.loads(capsys.readouterr().err)
+    line = json.loads(written(capfd))
     assert (line["level"], line["request_id"]) == ("ERROR", "faulty")
     assert "ValueError: a bug" in line["exception"]
 

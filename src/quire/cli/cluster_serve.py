@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from quire.cli.options import ModelArgument, flags
-from quire.cluster.head_node import chosen_address
+from quire.cluster.head_node import check_listens, chosen_address
 from quire.cluster.options import ClusterOptions, ClusterSettings
 from quire.config import EngineConfig
 from quire.errors import ConfigError
@@ -43,6 +43,7 @@ def cluster_serve(
     shown = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     ServerSettings(**{**checked.server, **shown})  # a public address needs API keys
     head = chosen_address(address)
+    check_listens(head)  # before Ray is loaded, which takes seconds
     try:
         from quire.cluster.start import deploy, join_ray, leave, start_serve, watch_head
     except ImportError:

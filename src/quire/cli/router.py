@@ -24,9 +24,5 @@ def router(**options: Any) -> int:
         print(f"quire router [{time.perf_counter() - started:6.2f} s] {line}", file=sys.stderr, flush=True)
 
     logging.basicConfig(format="quire router %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    listener = bind(http_settings(settings))
-
-    async def until_stopped() -> bool:
-        return await serve(settings, listener, report=report)
-
-    return 0 if uvloop.run(until_stopped()) else 1
+    with bind(http_settings(settings)) as listener:
+        return 0 if uvloop.run(serve(settings, listener, report=report)) else 1

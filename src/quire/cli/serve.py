@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quire.cli.init_process import leave_process_1
 from quire.cli.options import ModelArgument, flags, split
 from quire.config import EngineConfig
 from quire.engine.device import usable_cores
@@ -31,6 +32,7 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     """
     assert not show_config, "it is answered before the command runs"
     started = time.perf_counter()
+    leave_process_1()
     engine_options, server_options = split(options, EngineConfig, ServerSettings)
     settings = ServerSettings(**server_options)
     engine_config = engine_config_for(settings, {"model": model, **engine_options})

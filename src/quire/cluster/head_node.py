@@ -36,7 +36,9 @@ def chosen_address(given: str | None, environment: Mapping[str, str] = os.enviro
 
 
 def check_listens(address: str) -> None:
-    """Raise `ConfigError` if nothing listens at HOST:PORT."""
+    """Raise `ConfigError` if nothing listens at HOST:PORT; the other addresses are for Ray to find."""
+    if address in (AUTO, LOCAL):
+        return
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()

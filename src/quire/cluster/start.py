@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
 import ray
 from ray import serve
 from ray._private.services import get_ray_address_from_environment as ray_address
@@ -31,6 +32,8 @@ _ENVIRONMENT = {
 
 _STARTS = 5
 """Ray gives its own agents 15 seconds to start, which a busy machine exceeds. The next time they start faster."""
+_GRPC_SECONDS = 20.0
+"""Time in which a head node answers, also on a busy machine."""
 _LOOK_SECONDS, _MISSED_LOOKS = 2.0, 5
 """Seconds between looks at the head node, and looks without an answer after which it is dead."""
 
@@ -43,6 +46,7 @@ def join_ray(address: str) -> None:
             if address == AUTO:  # it may be that of a cluster that died
                 address = ray_address(AUTO, None)
             check_listens(address)
+            _check_speaks_grpc(address)
             ray.init(address=address, **quiet)
         except ConfigError:
             raise
@@ -60,6 +64,19 @@ def join_ray(address: str) -> None:
             ray.shutdown()
             if attempt == _STARTS - 1:
                 raise ConfigError(f"Ray cannot be started here: {_reason(error)}") from None
+
+
+def _check_speaks_grpc(address: str) -> None:
+    """Raise `ConfigError` if what listens at an address is no head node: Ray would try for minutes."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # Ray knows the certificates
+    channel = grpc.insecure_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(_GRPC_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise no_cluster(address, "what listens there is no Ray head node, whose port is 6379 by default") from None
+    finally:
+        channel.close()
 
 
 def start_serve(host: str | None, port: int | None) -> str:

@@ -105,7 +105,7 @@ def make_target(
         part,
         plan,
         folder,
-        kernels_for(plan.attention_backend, encoder=model_config.is_encoder and not config.deterministic),
+        kernels_for(plan.attention_backend),
         device,
         KVLayout.of(part.spec),
         ModelAdapters(config.max_loras, config.max_lora_rank) if config.enable_lora else None,

@@ -1,8 +1,8 @@
 """The engine in its own process: `python -m quire.engine.engine_process SOCKET RECORD`, started by `EngineChild`.
 
 It communicates over one inherited end of a socketpair. While there is work it reads messages between steps. Without
-work it blocks until a message comes, so an idle engine uses no CPU. It exits when the other end closes. A `StepRecord`,
-which outlives it, says what it is doing.
+work it blocks until a message comes, so an idle engine uses no CPU. It exits when the other end closes, at the latest
+`ORPHAN_SECONDS` later. A `StepRecord`, which outlives it, says what it is doing.
 """
 
 import gc
@@ -51,7 +51,10 @@ from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.step_record import StepRecord
 from quire.errors import QuireError, RequestError
 from quire.outputs import StepDeltas
+from quire.parallel.follower import exit_with
 
+ORPHAN_SECONDS = 10.0
+"""Time for a step or a load, and for saving blocks, after the other end has closed."""
 _CHUNK_BYTES = 1 << 20
 _IDLE_STEP_SECONDS = 0.01
 """Pause between steps that only save blocks to disk."""
@@ -90,7 +93,9 @@ class Connection:
 def main(fd: int, record_fd: int, make_core: MakeCore, prepare: Callable[[], None]) -> None:
     """Be an engine process for as long as the other end of the socket lives. `prepare` is the work of a spare."""
     leave_to_parent()
-    connection, record = Connection(socket.socket(fileno=fd)), StepRecord(record_fd)
+    sock = socket.socket(fileno=fd)
+    exit_with(sock, grace=ORPHAN_SECONDS)
+    connection, record = Connection(sock), StepRecord(record_fd)
     try:
         first, *messages = connection.receive(wait=None)
         if isinstance(first, Prepare):

@@ -20,7 +20,8 @@ from quire.kernels.allocation import ignore, row_pieces, zeros
 from quire.kernels.block_matrix import INTERLEAVED_ROWS, BlockMatrix, BlockWeight
 from quire.kernels.block_products import keep_blocks
 from quire.kernels.coded import CodedMatrix, CodedWeight
-from quire.kernels.coded_panels import kind_of, pack_panels
+from quire.kernels.coded_panels import pack_panels
+from quire.kernels.cpu_arguments import blocks_of, codes_of, form_of, parts_of, refuse_scales, stored_values
 from quire.kernels.cpu_isa import describe, isa, supported_isas, use_best_isa, use_isa
 from quire.kernels.expert_products import pack_each
 from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
@@ -44,6 +45,7 @@ from quire.quantization import WeightFormat
 
 __all__ = [
     "LORA_TILE",
+    "activation_linear",
     "add_lora",
     "add_rms_norm",
     "causal_conv",
@@ -59,6 +61,7 @@ __all__ = [
     "isa",
     "kv_cache_shapes",
     "latent_layer",
+    "layer_norm",
     "linear",
     "linear_coded",
     "linear_quantized",
@@ -102,6 +105,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return out
 
 
+def layer_norm(residual: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    out = torch.empty_like(residual)
+    x, total = (residual, None) if update is None else (update, residual.flatten(0, -2))
+    _cpu.layer_norm(x.flatten(0, -2), total, weight, bias, eps, out.flatten(0, -2))
+    return out
+
+
 def rms_norm_heads_(x: Tensor, weight: Tensor, eps: float) -> None:
     _cpu.rms_norm_heads(x, weight, eps)
 
@@ -123,8 +133,8 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
 
 
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
-    _refuse_scales(kv)
-    _cpu.write_kv(k, v, kv.keys, _stored_values(kv), slots)
+    refuse_scales(kv)
+    _cpu.write_kv(k, v, kv.keys, stored_values(kv), slots)
 
 
 def rotary_write_kv(
@@ -135,7 +145,7 @@ def rotary_write_kv(
 
 
 def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
-    _cpu.copy_blocks([layer.keys for layer in layers], list(map(_stored_values, layers)), pairs)
+    _cpu.copy_blocks([layer.keys for layer in layers], list(map(stored_values, layers)), pairs)
 
 
 def pack_linear(
@@ -180,6 +190,12 @@ def glu_linear(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | 
     return _linear(x, activation, None, None, 0.0, packed, bias, num_outputs)
 
 
+def activation_linear(
+    x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
+) -> Tensor:
+    return _linear(x, f"plain_{activation}", None, None, 0.0, packed, bias, num_outputs)
+
+
 def _linear(
     x: Tensor,
     op: str,
@@ -190,22 +206,19 @@ def _linear(
     bias: Tensor | None,
     num_outputs: int,
 ) -> Tensor:
-    """Dense layer of op(x). An `op` is "none", "rms_norm", or an activation that gates the second half of x."""
+    """Dense layer of op(x). An `op` is "none", "rms_norm", an activation that gates the second half of x,
+    or "plain_" and an activation."""
     out = torch.empty(x.shape[0], num_outputs)
     if isinstance(packed, CodedWeight):
-        _cpu.linear_coded(x, op, residual, norm_weight, eps, _codes(packed), bias, out)
+        _cpu.linear_coded(x, op, residual, norm_weight, eps, codes_of(packed), bias, out)
     elif isinstance(packed, BlockWeight):
-        _cpu.linear_blocks(x, op, residual, norm_weight, eps, *_blocks(packed), bias, out)
+        _cpu.linear_blocks(x, op, residual, norm_weight, eps, *blocks_of(packed), bias, out)
     elif isinstance(packed, QuantizedWeight):
-        form = (packed.values, packed.scales, *_form(packed.stored))
+        form = (packed.values, packed.scales, *form_of(packed.stored))
         _cpu.linear_quantized(x, op, residual, norm_weight, eps, *form, bias, out)
     else:
         _cpu.linear(x, op, residual, norm_weight, eps, packed, bias, out)
     return out
-
-
-def _form(stored: WeightFormat) -> tuple[int, int, bool]:
-    return stored.bits, stored.group_size, stored.rotates
 
 
 def quantize_groups(x: Tensor, group_size: int, rotates: bool = False) -> tuple[Tensor, Tensor]:
@@ -234,7 +247,7 @@ def quantize_linear(
         scales = allocate((num_panels, num_groups + 2, _cpu.panel, 2), dtype=torch.uint8)
     first_row = 0
     for rows in row_pieces(weights, _cpu.panel, PIECE_BYTES):
-        _cpu.quantize_linear(rows.contiguous(), packed, scales, *_form(stored), first_row)
+        _cpu.quantize_linear(rows.contiguous(), packed, scales, *form_of(stored), first_row)
         first_row += rows.shape[0]
         done(rows)
     return QuantizedWeight(packed, scales, stored)
@@ -289,33 +302,12 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, 
     tokens = (x, chosen, weights, experts.activation, SWIGLU_ALPHA, SWIGLU_LIMIT, experts.num_inner)
     gate_up, down, biases = experts.gate_up, experts.down, (experts.gate_up_bias, experts.down_bias)
     if isinstance(gate_up, BlockWeight) and isinstance(down, BlockWeight):
-        _cpu.experts_blocks(tokens, _blocks(gate_up), biases[0], _blocks(down), biases[1], out)
+        _cpu.experts_blocks(tokens, blocks_of(gate_up), biases[0], blocks_of(down), biases[1], out)
     elif isinstance(gate_up, CodedWeight) and isinstance(down, CodedWeight):
-        _cpu.experts_coded(tokens, _codes(gate_up), biases[0], _codes(down), biases[1], out)
+        _cpu.experts_coded(tokens, codes_of(gate_up), biases[0], codes_of(down), biases[1], out)
     else:
-        form, rotates, *_ = _parts(gate_up)
-        _cpu.experts(tokens, form, rotates, *_parts(gate_up)[2:], biases[0], *_parts(down)[2:], biases[1], out)
-
-
-def _parts(weight: ExpertWeight) -> tuple[str, bool, Tensor, Tensor | None, int]:
-    """The name of the format in csrc/bindings/experts.cpp, whether rows are rotated, values, scales, and inputs that
-    share a scale."""
-    if isinstance(weight, QuantizedWeight):
-        stored = weight.stored
-        return f"int{stored.bits}", stored.rotates, weight.values, weight.scales, stored.group_size
-    assert isinstance(weight, Tensor), "both layers of experts are packed in one form"
-    return str(weight.dtype).removeprefix("torch."), False, weight, None, 1
-
-
-def _blocks(weight: BlockWeight) -> "_cpu.Blocks":
-    rows, types = zip(*((part.rows, part.type_name) for part in weight.parts), strict=True)
-    return rows, types, weight.both_digits, weight.interleaved
-
-
-def _codes(weight: CodedWeight) -> "_cpu.Coded":
-    kind, levels, _ = kind_of(weight.levels)
-    scales = (weight.scales, weight.offsets, weight.zero_points, weight.group_size)
-    return (weight.codes, kind, levels, *scales, weight.order)
+        form, rotates, *_ = parts_of(gate_up)
+        _cpu.experts(tokens, form, rotates, *parts_of(gate_up)[2:], biases[0], *parts_of(down)[2:], biases[1], out)
 
 
 def add_lora(out: Tensor, x: Tensor, rows: LoraRows, weights: LoraWeights) -> None:
@@ -334,20 +326,20 @@ def gather_rows_quantized(weight: LowBitWeight, ids: Tensor, num_inputs: int) ->
         (part,) = weight.parts
         _cpu.gather_rows_blocks(part.rows, part.type_name, weight.interleaved, ids, out)
         return out
-    _cpu.gather_rows_quantized(weight.values, weight.scales, *_form(weight.stored), ids, out)
+    _cpu.gather_rows_quantized(weight.values, weight.scales, *form_of(weight.stored), ids, out)
     return out
 
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     assert isinstance(plan, CpuAttentionPlan)
-    _refuse_scales(kv)
+    refuse_scales(kv)
     if plan.window and not 0 < params.window <= plan.window:
         raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
     out = torch.empty(*q.shape[:2], kv.values.shape[3])
     _cpu.paged_attention(
         q,
         kv.keys,
-        _stored_values(kv),
+        stored_values(kv),
         plan.query_start_loc,
         plan.seq_lens,
         plan.block_tables,
@@ -381,12 +373,3 @@ def sample_tokens(
     ids: Tensor,
 ) -> None:
     _cpu.draw_tokens(x, temperatures, min_p, top_k, top_p, uniforms, peaks, ids)
-
-
-def _stored_values(kv: KVLayer) -> Tensor | None:
-    return None if kv.is_latent else kv.values
-
-
-def _refuse_scales(kv: KVLayer) -> None:
-    if kv.k_scale is not None or kv.v_scale is not None:
-        raise ValueError("k_scale, v_scale: expected none; on a CPU the scales of a cache are stored in its blocks")

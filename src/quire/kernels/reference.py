@@ -34,6 +34,7 @@ from quire.kernels.low_bit import quantize_groups as quantize_groups
 from quire.kernels.low_bit import quantize_linear as quantize_linear
 from quire.kernels.low_bit import quantize_rows
 from quire.kernels.recurrent_plan import RecurrentPlan
+from quire.kernels.unfused import layer_norm as layer_norm
 from quire.kernels.unfused import unfused
 from quire.quantization import WeightFormat
 
@@ -260,7 +261,7 @@ def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate:
 
 
 experts = ExpertLoop(linear, linear_quantized, linear_coded)
-rms_norm_linear, glu_linear = unfused(
+rms_norm_linear, glu_linear, activation_linear = unfused(
     rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
 )
 

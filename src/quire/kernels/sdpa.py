@@ -32,12 +32,13 @@ from quire.kernels.reference import (
     quantize_linear,
     silu_and_mul,
 )
-from quire.kernels.unfused import unfused
+from quire.kernels.unfused import layer_norm, unfused
 
 __all__ = [
     "LORA_TILE",
     "SdpaPlan",
     "SequenceRun",
+    "activation_linear",
     "add_lora",
     "add_rms_norm",
     "causal_conv",
@@ -51,6 +52,7 @@ __all__ = [
     "glu_linear",
     "kv_cache_shapes",
     "latent_layer",
+    "layer_norm",
     "linear",
     "linear_coded",
     "linear_quantized",
@@ -174,7 +176,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
     return functional.linear(x, packed, None if bias is None else bias.to(x.dtype))
 
 
-rms_norm_linear, glu_linear = unfused(
+rms_norm_linear, glu_linear, activation_linear = unfused(
     rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
 )
 

@@ -8,6 +8,8 @@ from quire.kernels.gates import ACTIVATIONS
 
 FUSED_GATES = frozenset({"silu", "gelu", "gelu_tanh"})
 """Activations that `Kernels.glu_linear` computes."""
+FUSED_ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2"})
+"""Activations that `Kernels.activation_linear` computes."""
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:

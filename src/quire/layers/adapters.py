@@ -14,7 +14,7 @@ from torch import Tensor
 from quire.kernels import Kernels
 from quire.kernels.interface import Packing
 from quire.kernels.lora import LoraRows, LoraWeights
-from quire.layers.activation import FUSED_GATES, activation_function
+from quire.layers.activation import FUSED_ACTIVATIONS, FUSED_GATES, activation_function
 from quire.layers.embedding import TokenEmbedding
 from quire.layers.linear import Linear, LinearOrigin, LinearWeight
 from quire.layers.norm import Normed
@@ -125,25 +125,37 @@ class AdaptedLinear(Linear):
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         out = super().__call__(x)
-        step = self.adapters.step
-        if step is not None and step.slots & self.touched:
-            rows = step.by_count[len(out)]
-            if rows.groups:
-                # The base layer has added the update to the residual stream.
-                inputs = x.norm(rows.select(x.residual)) if isinstance(x, Normed) else rows.select(x)
-                self._add(out, inputs, rows)
+        rows = self._rows(out)
+        if rows is not None:
+            # The base layer has added the update to the residual stream.
+            inputs = x.norm(rows.select(x.residual)) if isinstance(x, Normed) else rows.select(x)
+            self._add(out, inputs, rows)
+        return out
+
+    # What the kernels do not fuse with a layer is computed before the layer is called.
+
+    def after_activation(self, x: Tensor, activation: str) -> Tensor:
+        out = super().after_activation(x, activation)
+        rows = self._rows(out) if activation in FUSED_ACTIVATIONS else None
+        if rows is not None:
+            self._add(out, activation_function(activation)(rows.select(x)), rows)
         return out
 
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         out = super().after_gate(x, activation)
-        step = self.adapters.step
-        # Other gates are computed before this layer is called.
-        if step is not None and step.slots & self.touched and activation in FUSED_GATES:
-            rows = step.by_count[len(out)]
-            if rows.groups:
-                gate, up = rows.select(x).chunk(2, dim=1)
-                self._add(out, activation_function(activation)(gate) * up, rows)
+        rows = self._rows(out) if activation in FUSED_GATES else None
+        if rows is not None:
+            gate, up = rows.select(x).chunk(2, dim=1)
+            self._add(out, activation_function(activation)(gate) * up, rows)
         return out
+
+    def _rows(self, out: Tensor) -> LoraRows | None:
+        """The step's rows of `out` [T, N] with adapters, if one of its adapters changes the layer."""
+        step = self.adapters.step
+        if step is None or not step.slots & self.touched:
+            return None
+        rows = step.by_count[len(out)]
+        return rows if rows.groups else None
 
     def _add(self, out: Tensor, inputs: Tensor, rows: LoraRows) -> None:
         """Change the rows of `out` [T, N]; `inputs` [M, K] are those of the rows."""

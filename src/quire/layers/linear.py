@@ -11,7 +11,7 @@ from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.kernels.blocks import dequantize
 from quire.kernels.coded import CodedMatrix, CodedWeight, can_join
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
-from quire.layers.activation import FUSED_GATES, activation_function
+from quire.layers.activation import FUSED_ACTIVATIONS, FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
 from quire.layers.ranks import Ranks
 from quire.quantization import METHODS, WeightFormat
@@ -76,7 +76,8 @@ class Linear:
 
     Several weights [N_i, K] make one layer that puts their outputs side by side. They are copied; a bias is float32
     whatever the dtype. What comes before a layer is one kernel with it where it works row by row: a norm (`Normed`) and
-    the gate of an MLP (`after_gate`).
+    the activation or gate of an MLP
+    (`after_activation`, `after_gate`).
     """
 
     __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
@@ -121,6 +122,12 @@ class Linear:
         rows = torch.arange(self.num_outputs, dtype=torch.int32, device=device)
         return gather(self.kernels, self.packed, rows, self.num_inputs)
 
+    def after_activation(self, x: Tensor, activation: str) -> Tensor:
+        """x [M, K] -> [M, N]: the layer of the activation of x."""
+        if activation in FUSED_ACTIVATIONS:
+            return self.kernels.activation_linear(x, activation, self.packed, self.bias, self.num_outputs)
+        return self(activation_function(activation)(x))
+
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
         if activation in FUSED_GATES:
@@ -146,6 +153,9 @@ class SideBySide(Linear):
 
     def unpacked(self) -> Tensor:
         return torch.cat([part.unpacked() for part in self.parts])
+
+    def after_activation(self, x: Tensor, activation: str) -> Tensor:
+        return self(activation_function(activation)(x))
 
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         gate, up = x.chunk(2, dim=1)
@@ -239,6 +249,9 @@ class SummedLinear(Linear):
     def unpacked(self) -> Tensor:
         """This rank's columns."""
         return self.own.unpacked()
+
+    def after_activation(self, x: Tensor, activation: str) -> Tensor:
+        return self.ranks.sum(self.own.after_activation(x, activation))
 
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         return self.ranks.sum(self.own.after_gate(x, activation))

@@ -44,17 +44,16 @@ class RMSNorm:
 class LayerNorm:
     """Shift each row to mean 0, scale it to variance 1, multiply by the weight [H] and add the bias [H], if any."""
 
-    __slots__ = ("bias", "eps", "weight")
+    __slots__ = ("bias", "eps", "kernels", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self.kernels = kernels
         self.weight = weight
         self.bias = bias
         self.eps = eps
 
     def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
-        if update is not None:
-            residual += update
-        return torch.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
+        return self.kernels.layer_norm(residual, update, self.weight, self.bias, self.eps)
 
 
 class NoNorm:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
-from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
 from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
@@ -293,13 +292,16 @@ class PlainMLP:
 
     __slots__ = ("activation", "down", "up")
 
-    def __init__(self, up: Linear, down: Linear, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, up: Linear, down: Linear, activation: str | Callable[[Tensor], Tensor]) -> None:
+        """`activation`: a name, or a function of its own."""
         self.up = up
         self.down = down
         self.activation = activation
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """x [T, H] -> [T, H]."""
+        if isinstance(self.activation, str):
+            return self.down.after_activation(self.up(x), self.activation)
         return self.down(self.activation(self.up(x)))
 
 
@@ -317,5 +319,5 @@ def plain_mlp(
     return PlainMLP(
         build.linear({up: inner}, hidden, bias=config.mlp_bias, transposed=transposed, split="outputs"),
         build.linear({down: hidden}, inner, bias=config.mlp_bias, transposed=transposed, split="inputs"),
-        activation or activation_function(config.activation),
+        activation or config.activation,
     )

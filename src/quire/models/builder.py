@@ -109,9 +109,9 @@ class Builder:
         bias = self.weights.take(f"{name}.bias", shape).float() if config.norm_bias else None
         if config.norm == "rms_norm":
             return RMSNorm(self.kernels, weight, config.norm_eps)
-        # Unlike the kernels' RMSNorm, torch's LayerNorm wants its weight in the type of its input.
+        # Where the kernels have no LayerNorm, torch's wants its weight in the type of its input.
         dtype = self.weights.activation_dtype
-        return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
+        return LayerNorm(self.kernels, weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
 
     def final_norm(self, name: str) -> Norm:
         """The norm before the head, which the last stage has; what the others pass on is the residual stream."""

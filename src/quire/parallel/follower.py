@@ -4,6 +4,7 @@ import os
 import select
 import socket
 import threading
+import time
 from typing import Protocol
 
 import msgspec
@@ -18,13 +19,15 @@ class Computes(Protocol):
     def execute(self, plan: StepPlan) -> StepResult: ...
 
 
-def exit_with(sock: socket.socket) -> None:
-    """End this process when rank 0 does, also in the middle of a step, where it waits for the others."""
+def exit_with(sock: socket.socket, *, grace: float = 0.0) -> None:
+    """End this process `grace` seconds after the one at the other end, also in the middle of a step: a rank waits for
+    the others there, and a step may never end."""
 
     def watch() -> None:
         poller = select.poll()
         poller.register(sock, select.POLLRDHUP)
         poller.poll()
+        time.sleep(grace)
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

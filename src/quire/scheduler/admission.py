@@ -69,10 +69,15 @@ class Admission:
         loading = list(offload.waiting) if offload is not None else []
         promised = sum(self._num_blocks_to_come(sequence) for sequence in (*prefilling, *loading))
         postponed: list[SequenceGroup] = []
+        passed_over: set[str] = set()
         while len(postponed) < MAX_POSTPONED:
-            group = waiting.pop()
+            group = waiting.pop(passed_over)
             if group is None:
                 break
+            if self._stands_back(group, budget, num_rows_kept):
+                passed_over.add(group.request.tenant)
+                waiting.push(group)
+                continue
             if not self._may_start(group, budget, max_background_rows):
                 waiting.push(group)
                 break
@@ -120,6 +125,13 @@ class Admission:
             return True
         num_rows = self._queues.num_background_rows
         return num_rows + group.num_rows <= max_background_rows or (max_background_rows > 0 and not num_rows)
+
+    def _stands_back(self, group: SequenceGroup, budget: PromptBudget, num_rows_kept: int) -> bool:
+        """Whether a group leaves rows or tokens to tenants that ask for less: theirs may start before it."""
+        if budget.is_heavy(group) and not budget.has_room(group, self._max_num_partial_prefills):
+            return True
+        for_others = self._queues.waiting.rows_kept(group, self._queues.running, len(self._queues.rows))
+        return for_others > num_rows_kept and group.num_rows > len(self._queues.free_rows) - for_others
 
     def resume(self, plan: StepPlan, resuming: list[Sequence], prefilling: list[Sequence]) -> bool:
         """Let preempted sequences of running groups start from the cached part of their output.

@@ -14,7 +14,7 @@ Tokens that a preempted request computes again are not counted twice. Tokens fro
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, islice
 
 from quire.scheduler.sequence import SequenceGroup
@@ -28,6 +28,9 @@ KEPT_SHARE = 8
 HEAVY_FACTOR = 4
 """A tenant is heavy that has so many times the requests in flight that the other tenants have on average, and was given
 more service than one of them."""
+HEAVY_UNTIL = 4096.0
+"""A heavy tenant is heavy until it was given so much less service than one of the others: that one's counter begins
+near that of the heavy tenant, so its next short prompt would be ahead."""
 RECENT_SERVICE = 50_000.0
 """A tenant is present until others were given so much service since it was seen."""
 _TURN = 0.5
@@ -49,6 +52,8 @@ class FairShare(WaitingQueue):
         """Tenant with a counter → the total service when it last asked for or was given some."""
         self._last_served = 0.0
         """The counter of the tenant whose request left the queue last."""
+        self._heavy: frozenset[str] = frozenset()
+        """The tenants that were heavy when it was asked last."""
         self._num_groups = 0
 
     def __len__(self) -> int:
@@ -73,11 +78,12 @@ class FairShare(WaitingQueue):
         queue.push(group)
         self._num_groups += 1
 
-    def pop(self) -> SequenceGroup | None:
-        if not self._queues:
+    def pop(self, passed_over: Collection[str] = ()) -> SequenceGroup | None:
+        keys = [key for key in self._queues if key[1] not in passed_over] if passed_over else self._queues
+        if not keys:
             return None
         counters = self._counters
-        key = min(self._queues, key=lambda key: (key[0], counters.get(key[1], 0.0)))
+        key = min(keys, key=lambda key: (key[0], counters.get(key[1], 0.0)))
         group = self._queues[key].pop()
         assert group is not None
         self._num_groups -= 1
@@ -105,8 +111,10 @@ class FairShare(WaitingQueue):
         return max(1, num_rows // KEPT_SHARE)
 
     def heavy_tenants(self, running: Sequence[SequenceGroup]) -> frozenset[str]:
-        if len(self._counters) < 2:
-            return frozenset()
+        self._heavy = self._find_heavy(running) if len(self._counters) > 1 else frozenset()
+        return self._heavy
+
+    def _find_heavy(self, running: Sequence[SequenceGroup]) -> frozenset[str]:
         counts = Counter(group.request.tenant for group in running)
         for (_, tenant), queue in self._queues.items():
             counts[tenant] += len(queue)
@@ -120,7 +128,8 @@ class FairShare(WaitingQueue):
         if count < HEAVY_FACTOR:
             return False
         served = [self._counters.get(other, 0.0) for other in self._others_present(tenant)]
-        if not served or self._counters.get(tenant, 0.0) <= min(served):
+        ahead = HEAVY_UNTIL if tenant in self._heavy else 0.0
+        if not served or self._counters.get(tenant, 0.0) + ahead <= min(served):
             return False
         return count >= HEAVY_FACTOR * max(1.0, num_others / len(served))
 

@@ -78,13 +78,13 @@ class PromptBudget:
 
     def add(self, sequence: Sequence) -> None:
         """The step may compute tokens of this sequence."""
-        kind = self._is_heavy(sequence.group)
+        kind = self.is_heavy(sequence.group)
         self._num_prompts[kind] += 1
         self._wanted[kind] += sequence.num_missing_tokens
 
     def has_room(self, group: SequenceGroup, max_num_partial_prefills: int) -> bool:
         """Whether a share for the group's prompt would be worth having."""
-        kind = self._is_heavy(group)
+        kind = self.is_heavy(group)
         num_tokens, num_prompts = (self._num_heavy_tokens if kind else self.num_tokens), self._num_prompts[kind]
         return num_prompts < num_tokens and (self._wanted[kind] < num_tokens or num_prompts < max_num_partial_prefills)
 
@@ -92,12 +92,13 @@ class PromptBudget:
         """The sequences that share tokens, and how many: those of tenants that are not heavy, then those of others."""
         if not self._heavy:
             return (sequences, self.num_tokens), ([], 0)
-        heavy = [sequence for sequence in sequences if self._is_heavy(sequence.group)]
-        others = [sequence for sequence in sequences if not self._is_heavy(sequence.group)]
+        heavy = [sequence for sequence in sequences if self.is_heavy(sequence.group)]
+        others = [sequence for sequence in sequences if not self.is_heavy(sequence.group)]
         wanted = sum(sequence.num_missing_tokens for sequence in heavy)
         # Heavy tenants get their tokens in any case: they must not starve either.
         num_heavy = min(wanted, self._num_heavy_tokens)
         return (others, self.num_tokens - num_heavy), (heavy, num_heavy)
 
-    def _is_heavy(self, group: SequenceGroup) -> bool:
+    def is_heavy(self, group: SequenceGroup) -> bool:
+        """Whether the group's tenant is heavy."""
         return group.request.tenant in self._heavy

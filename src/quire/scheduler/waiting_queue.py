@@ -5,7 +5,7 @@ queues: they give groups another `rank`, or choose among several queues (see `po
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
 from quire.scheduler.sequence import SequenceGroup
@@ -39,8 +39,8 @@ class WaitingQueue:
         self._groups[group.rank] = group
         heapq.heappush(self._heap, group.rank)
 
-    def pop(self) -> SequenceGroup | None:
-        """Remove and return the first group, or None."""
+    def pop(self, passed_over: Collection[str] = ()) -> SequenceGroup | None:
+        """Remove and return the first group, or None. Policies that know tenants leave those in `passed_over` out."""
         while self._heap:
             group = self._groups.pop(heapq.heappop(self._heap), None)
             if group is not None:

@@ -6,6 +6,7 @@ one line of its own; prompts and answers are never logged.
 
 import json
 import logging
+import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from urllib.parse import quote
 
 from starlette.types import Scope
 
+from quire.server.log_writer import LogWriter
 from quire.server.replies import Usage
 from quire.server.settings import ServerSettings
 
@@ -27,7 +29,7 @@ _access = logging.getLogger("quire.access")
 
 def configure_logging(settings: ServerSettings) -> None:
     """Log warnings, access lines if asked for, and the server's progress to standard error."""
-    handler = logging.StreamHandler()
+    handler = LogWriter(sys.stderr.fileno()) if sys.stderr is not None else logging.NullHandler()
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("quire.cli.serve").setLevel(logging.INFO)

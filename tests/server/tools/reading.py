@@ -12,12 +12,13 @@ from quire.engine.detokenizer import Detokenizer
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
 from quire.server.tools.events import Event, Message, TextDelta, ToolCallBegin, ToolCallEnd
-from quire.server.tools.format_types import Channels, Thinking, ToolFormat
-from quire.server.tools.formats import THINKINGS, TOOL_FORMATS
+from quire.server.tools.format_types import Framed, Thinking, ToolFormat
+from quire.server.tools.formats import TOOL_FORMATS
 from quire.server.tools.reader import ReadingOptions, ReplyFormat, ReplyReader
 from quire.server.tools.request import ToolUse, read_tools
+from quire.server.tools.thinking_formats import THINKINGS
 
-ROWS: dict[str, ToolFormat | Channels] = {name: row for row in TOOL_FORMATS for name in row.names}
+ROWS: dict[str, ToolFormat | Framed] = {name: row for row in TOOL_FORMATS for name in row.names}
 THINKING: dict[str, Thinking] = {name: row for row in THINKINGS for name in row.names}
 
 SCHEMA: dict[str, Any] = {
@@ -35,7 +36,9 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "The weather", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "now"}},
 ]
-_MARK = re.compile(r"\]<\]minimax\[>\[|｜DSML｜|<(?!/?｜DSML)[^<>\s={}]+>|\[/?[A-Z_]+\]")
+_MARK = re.compile(r"\]<\]minimax\[>\[|｜DSML｜|<(?!/?｜DSML|\|plamo:)[^<>\s={}]+>|\[/?[A-Z_]+\]")
+_PARTS_OF_MARKS = ("<|plamo:begin_", "<|plamo:end_", ":plamo|>", "<|plamo:constrain|>", "<|plamo:msg|>", "<param")
+"""Tokens that are no whole marks."""
 
 
 def use(choice: Any = None, **options: Any) -> ToolUse:
@@ -50,6 +53,7 @@ def marked_tokenizer() -> Tokenizer:
     """The bundled vocabulary with the marks of all formats as tokens."""
     backend = tokenizers.Tokenizer.from_file(str(bundled_folder() / "tokenizer.json"))
     marks = {mark for row in (*TOOL_FORMATS, *THINKINGS) for mark in _MARK.findall(str(row).replace("\\n", "\n"))}
+    marks.update(_PARTS_OF_MARKS)
     backend.add_special_tokens(sorted(mark for mark in marks if "/" not in mark or len(mark) % 2))
     backend.add_tokens(sorted(mark for mark in marks if "/" in mark and not len(mark) % 2))
     return Tokenizer(backend, {})
@@ -78,8 +82,9 @@ def reader(
 ) -> ReplyReader:
     """A reader for the formats of these names."""
     row = ROWS[tools] if tools else None
-    reasoning = ROWS[thinking] if thinking in ROWS and thinking == "harmony" else THINKING.get(thinking or "")
-    form = ReplyFormat(row, reasoning, tokenizer)  # type: ignore[arg-type]  # harmony is a row of both tables
+    framed = ROWS.get(thinking or "")
+    reasoning = framed if isinstance(framed, Framed) else THINKING.get(thinking or "")
+    form = ReplyFormat(row, reasoning, tokenizer)
     return ReplyReader(ReadingOptions(form, options.pop("use", use()), **options))
 
 

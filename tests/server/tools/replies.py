@@ -353,4 +353,106 @@ REPLIES: list[tuple[str, str | None, str, tuple[str, str, list[tuple[str, str]]]
         f'function call<|role_sep|>\n{{"name": "weather", "arguments": {PARIS}}}',
         ("", "", [("weather", PARIS)]),
     ),
+    (
+        "k2_horizon",
+        "k2_horizon",
+        "<ifm|think_fast>x</ifm|think_fast>ok<ifm|tool_calls>\n<ifm|tool_call>weather\n"
+        "<ifm|arg_key>city</ifm|arg_key>\n<ifm|arg_value>Paris</ifm|arg_value>\n"
+        "<ifm|arg_key>days</ifm|arg_key>\n<ifm|arg_type>integer</ifm|arg_type>\n"
+        "<ifm|arg_value>3</ifm|arg_value>\n</ifm|tool_call>\n<ifm|tool_call>now</ifm|tool_call>\n</ifm|tool_calls>",
+        ("ok", "x", TWO),
+    ),
+    (
+        "k2_horizon",
+        None,
+        f'<ifm|tool_calls><ifm|tool_call>{{"name": "weather", "arguments": {PARIS}}}</ifm|tool_call>'
+        "</ifm|tool_calls> ok",
+        ("ok", "", [("weather", PARIS)]),
+    ),
+    (
+        "plamo3",
+        "plamo3",
+        "<|plamo:begin_think:plamo|>x<|plamo:end_think:plamo|>ok<|plamo:begin_tool_requests:plamo|>"
+        "<|plamo:begin_tool_request:plamo|><|plamo:begin_tool_name:plamo|>weather<|plamo:end_tool_name:plamo|>"
+        f"<|plamo:begin_tool_arguments:plamo|><|plamo:constrain|>json<|plamo:msg|>{PARIS}"
+        "<|plamo:end_tool_arguments:plamo|><|plamo:end_tool_request:plamo|>"
+        "<|plamo:begin_tool_request:plamo|><|plamo:begin_tool_name:plamo|>now<|plamo:end_tool_name:plamo|>"
+        "<|plamo:begin_tool_arguments:plamo|><|plamo:constrain|>json<|plamo:msg|>{}"
+        "<|plamo:end_tool_arguments:plamo|><|plamo:end_tool_request:plamo|><|plamo:end_tool_requests:plamo|>",
+        ("ok", "x", TWO),
+    ),
+    (
+        "apertus",
+        "apertus",
+        f'<|inner_prefix|>x<|inner_suffix|>ok<|tools_prefix|>[{{"weather": {PARIS}}}, {{"now": {{}}}}]'
+        "<|tools_suffix|> so",
+        ("ok so", "x", TWO),
+    ),
+    (
+        "minicpm5",
+        THINK,
+        '<think>x</think>\n\n<function name="weather"><param name="city">Paris</param><param name="days">3</param>'
+        '</function><function name="now"></function>',
+        ("", "x", TWO),
+    ),
+    (
+        "minicpm5",
+        None,
+        'ok <function name="weather"><param name="city"><![CDATA[a </param> & b]]></param></function> '
+        '<function name="f">',
+        ('ok <function name="f">', "", [("weather", '{"city": "a </param> & b"}')]),
+    ),
+    (
+        "muse_glimmer",
+        "muse_glimmer",
+        " to=self<|message|>x<|eom|><|start|>assistant to=weather<|message|><atem:function_calls>\n"
+        '<atem:invoke name="weather.weather">\n<atem:parameter name="city">Paris</atem:parameter>\n'
+        '<atem:parameter name="days">3</atem:parameter>\n</atem:invoke>\n</atem:function_calls><|eom|>'
+        "<|start|>assistant to=now.*<|message|><atem:function_calls>\n"
+        '<atem:invoke name="now">\n</atem:invoke>\n</atem:function_calls><|eot|>',
+        ("", "x", TWO),
+    ),
+    (
+        "muse_glimmer",
+        "muse_glimmer",
+        ' to=self<|message|>An <atem:invoke name="now"> is a mark.<|eom|><|start|>assistant to=user<|message|>One.'
+        "<|eom|><|start|>assistant<|message|>Two.<|eot|>",
+        ("One.\n\nTwo.", 'An <atem:invoke name="now"> is a mark.', []),
+    ),
+    (
+        "inkling",
+        "inkling",
+        "<|content_thinking|>x<|end_message|><|message_model|><|content_text|>ok<|end_message|>"
+        f'<|message_model|>weather<|content_invoke_tool_json|>{{"name":"weather","args":{PARIS}}}<|end_message|>'
+        '<|message_model|>now<|content_invoke_tool_json|>{"name":"now","args":{}}<|end_message|>'
+        "<|content_model_end_sampling|>",
+        ("ok", "x", TWO),
+    ),
+    (
+        "inkling",
+        "inkling",
+        'now<|content_invoke_tool_json|>{"answer": 1}<|end_message|><|message_model|><|content_tool_error|>no',
+        ('{"answer": 1}\n\nno', "", []),
+    ),
+    (
+        "kimi_k3",
+        "kimi_k3",
+        "<|open|>think<|sep|>x<|close|>think<|sep|><|open|>response<|sep|>ok<|close|>response<|sep|>"
+        '<|open|>tools<|sep|><|open|>call tool="weather" index="1"<|sep|>'
+        '<|open|>argument key="city" type="string"<|sep|>Paris<|close|>argument<|sep|>'
+        '<|open|>argument key="days" type="number"<|sep|>3<|close|>argument<|sep|><|close|>call<|sep|>'
+        '<|open|>call tool="now" index="2"<|sep|><|close|>call<|sep|><|close|>tools<|sep|>'
+        "<|close|>message<|sep|><|end_of_msg|>",
+        ("ok", "x", TWO),
+    ),
+    (
+        "kimi_k3",
+        "kimi_k3",
+        '<|open|>response<|sep|>a <b> & c<|close|>response<|sep|><|open|>tools<|sep|><|open|>call tool="weather"<|sep|>'
+        f'<|open|>json type="object"<|sep|>{PARIS}<|close|>json<|sep|><|close|>call<|sep|>'
+        '<|open|>call tool="weather" index="2"<|sep|><|open|>argument key="a &amp; &quot;b&quot;" type="object"<|sep|>'
+        '{"x": [1]}<|close|>argument<|sep|><|open|>argument key="n" type="string"<|sep|>1<|close|>argument<|sep|>'
+        "<|close|>call<|sep|><|close|>tools<|sep|>",
+        ("a <b> & c", "", [("weather", PARIS), ("weather", '{"a & \\"b\\"": {"x": [1]}, "n": "1"}')]),
+    ),
 ]

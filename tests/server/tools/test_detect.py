@@ -1,12 +1,18 @@
 """Rows found by name, and by the texts of a chat template."""
 
-import pytest
+import re
 
+import pytest
+import tokenizers
+
+from quire.engine.checkpoint import bundled_folder
+from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 from quire.server.tools.detect import find_format
-from quire.server.tools.format_types import Channels, ToolFormat
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS
+from quire.server.tools.format_types import Framed, Thinking, ToolFormat
+from quire.server.tools.formats import PLAIN_JSON, TOOL_FORMATS
+from quire.server.tools.thinking_formats import THINKINGS
 
 TEMPLATES = {
     "hermes": '<tool_call>\\n{"name": <function-name>}</tool_call>',
@@ -43,6 +49,13 @@ TEMPLATES = {
     "internlm": "<|action_start|><|plugin|>",
     "gigachat3": "<|function_call|>{",
     "seed_oss": "<seed:tool_call><seed:think></seed:think><function=f><parameter=p>",
+    "k2_horizon": "<ifm|think_fast><ifm|tool_call>' + name + '<ifm|arg_key>",
+    "plamo3": "<|plamo:begin_tool_requests:plamo|><|plamo:begin_tool_request:plamo|>",
+    "apertus": "<|inner_prefix|><|tools_prefix|>[",
+    "minicpm5": '<think><function name="\' + name + \'"><param name="',
+    "muse_glimmer": '<|start|>assistant to=self<|message|><atem:function_calls><atem:invoke name="',
+    "inkling": "<|message_model|><|content_thinking|><|content_invoke_tool_json|>",
+    "kimi_k3": '<|open|>message role="assistant"<|sep|>',
 }
 
 
@@ -54,7 +67,7 @@ def test_the_template_tells_the_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in TOOL_FORMATS if row is not PLAIN_JSON], ids=lambda row: row.names[0])
-def test_no_row_hides_another(row: ToolFormat | Channels) -> None:
+def test_no_row_hides_another(row: ToolFormat | Framed) -> None:
     """A template that holds a row's texts, and those of its reasoning, belongs to that row."""
     assert row.in_template
     for group in row.in_template:
@@ -75,6 +88,12 @@ def test_reasoning_is_found_too() -> None:
         "gemma4": "gemma4",
         "command_r": "cohere_command3",
         "seed_oss": "seed_oss",
+        "k2_horizon": "k2_horizon",
+        "apertus": "apertus",
+        "minicpm5": "deepseek_r1",
+        "muse_glimmer": "muse_glimmer",
+        "inkling": "inkling",
+        "kimi_k3": "kimi_k3",
     }
 
 
@@ -89,6 +108,29 @@ def test_every_name_finds_its_row(row: object) -> None:
         assert find_format("<tool_call>", None, name).tools is row
     for thinking in THINKINGS:
         assert all(find_format("", None, "none", name).thinking is thinking for name in thinking.names)
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("hy_v3", ":opensource"), ("hy_v4", ":6124c78e")])
+def test_a_checkpoint_may_add_a_suffix_to_every_tag(name: str, suffix: str) -> None:
+    """The tags are found in the template, or among the tokens where the template puts them together."""
+    template = TEMPLATES[name] + "<think></think>"
+    for shown, tokenizer in (
+        (re.sub("<(/?[a-z_]+)>", rf"<\1{suffix}>", template), None),
+        ("", suffixed(template, suffix)),
+    ):
+        form = find_format(shown, tokenizer)
+        assert isinstance(form.tools, ToolFormat)
+        assert isinstance(form.thinking, Thinking)
+        assert name in form.tools.names
+        assert form.tools.section[0].strip() == f"<tool_calls{suffix}>"
+        assert form.thinking.closes == (f"</think{suffix}>",)
+
+
+def suffixed(template: str, suffix: str) -> Tokenizer:
+    """A tokenizer with the tags of a template as tokens."""
+    backend = tokenizers.Tokenizer.from_file(str(bundled_folder() / "tokenizer.json"))
+    backend.add_special_tokens([f"<{tag}{suffix}>" for tag in re.findall("<(/?[a-z_]+)>", template)])
+    return Tokenizer(backend, {})
 
 
 def test_names_are_checked_at_start() -> None:

@@ -14,11 +14,12 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.grammar.compiler import GrammarCompiler
 from quire.server.tools.events import Message
-from quire.server.tools.format_types import Channels, ToolFormat
-from quire.server.tools.formats import THINKINGS, TOOL_FORMATS
+from quire.server.tools.format_types import Channels, Framed, Messages, ToolFormat
+from quire.server.tools.formats import TOOL_FORMATS
 from quire.server.tools.grammar import constrain
 from quire.server.tools.reader import Opening, ReadingOptions, ReplyFormat, ReplyReader
 from quire.server.tools.request import ToolUse, read_tools
+from quire.server.tools.thinking_formats import THINKINGS
 from quire.structured_outputs import StructuredOutputsParams
 from tests.server.tools.reading import marked_tokenizer, read_tokens
 
@@ -41,6 +42,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 FORMATS = [row for row in TOOL_FORMATS if isinstance(row, ToolFormat)]
+FORCED = [row for row in TOOL_FORMATS if not isinstance(row, Channels)]
 THINK = next(row for row in THINKINGS if "think" in row.names)
 
 
@@ -105,11 +107,11 @@ def check_arguments(call: Any) -> None:
 
 
 @pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.names[0])
-def test_forced_calls_are_read_and_follow_the_schema(row: ToolFormat, marked: bool) -> None:
+@pytest.mark.parametrize("row", FORCED, ids=lambda row: row.names[0])
+def test_forced_calls_are_read_and_follow_the_schema(row: ToolFormat | Messages, marked: bool) -> None:
     tokenizer = marked_tokenizer() if marked else None
     form = ReplyFormat(row, None, tokenizer)
-    tools = use(parallel="hermes" in row.names or "olmo3" in row.names)
+    tools = use(parallel=not {"hermes", "olmo3", "inkling"}.isdisjoint(row.names))
     constraint = constrain(form, tools, None)
     assert constraint is not None
     names = set()
@@ -241,6 +243,52 @@ def test_channels() -> None:
     assert wanted is not None
     assert accepts(wanted, f"{thought}<|channel|>final<|message|>yes")
     assert not accepts(wanted, f"{thought}<|channel|>final<|message|>no")
+
+
+FRAMES = {
+    "muse_glimmer": (
+        " to=self<|message|>x<|eom|><|start|>assistant",
+        " to=user<|message|>",
+        "<|eom|><|start|>assistant",
+        ' to=now<|message|><atem:function_calls>\n<atem:invoke name="now">\n</atem:invoke>\n</atem:function_calls>',
+    ),
+    "inkling": (
+        "<|content_thinking|>x<|end_message|><|message_model|>",
+        "<|content_text|>",
+        "<|end_message|><|message_model|>",
+        'now<|content_invoke_tool_json|>{"name": "now", "args": {}}',
+    ),
+    "kimi_k3": (
+        "<|open|>think<|sep|>x<|close|>think<|sep|>",
+        "<|open|>response<|sep|>",
+        "<|close|>response<|sep|>",
+        '<|open|>tools<|sep|><|open|>call tool="now" index="1"<|sep|><|close|>call<|sep|><|close|>tools<|sep|>',
+    ),
+}
+"""Formats of messages: a thought, the header of a text, what ends a text, and a call."""
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_messages(name: str) -> None:
+    """Thoughts come first, in the frame of the format; strict calls may follow a text, forced ones stand alone."""
+    row = next(row for row in TOOL_FORMATS if name in row.names)
+    assert isinstance(row, Framed)
+    thought, head, ended, call = FRAMES[name]
+    form = ReplyFormat(row, row, marked_tokenizer())
+    forced, strict = constrain(form, use(), None), constrain(form, use("auto", strict=True), None)
+    wanted = constrain(form, None, StructuredOutputsParams(choice=("yes",)))
+    opened = constrain(form, use(), None, opening=Opening.OPEN)
+    closed = constrain(form, use("auto", strict=True), None, opening=Opening.CLOSED)
+    for constraint, yes, no in (
+        (forced, [call, thought + call], [f"{head}Hello", thought]),
+        (strict, [call, f"{head}Hello", f"{thought}{head}Hello{ended}{call}"], [f"{head}Hello{ended}{call[:-9]}x"]),
+        (wanted, [f"{head}yes", f"{thought}{head}yes"], [f"{head}no", "yes"]),
+        (opened, [thought[thought.index("x") :] + call], [call, thought + call]),
+        (closed, ["Hello", f"Hello{ended}{call}"], [f"Hello{ended}{call[:-9]}x"]),
+    ):
+        assert constraint is not None
+        assert [accepts(constraint, text) for text in yes] == [True] * len(yes), name
+        assert not any(accepts(constraint, text) for text in no), name
 
 
 def test_a_schema_without_properties_lets_any_argument_through() -> None:

@@ -18,6 +18,7 @@ from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
 from quire.kernels.triton.blocks import copy_blocks
 from quire.kernels.triton.linear import (
+    activation_linear,
     gather_rows,
     gather_rows_quantized,
     glu_linear,
@@ -30,9 +31,11 @@ from quire.kernels.triton.linear import (
 )
 from quire.kernels.triton.norm import add_rms_norm, rms_norm, rms_norm_heads_
 from quire.kernels.triton.rotary_kv import rotary_, rotary_write_kv, write_kv
+from quire.kernels.unfused import layer_norm
 
 __all__ = [
     "LORA_TILE",
+    "activation_linear",
     "add_lora",
     "add_rms_norm",
     "causal_conv",
@@ -46,6 +49,7 @@ __all__ = [
     "glu_linear",
     "kv_cache_shapes",
     "latent_layer",
+    "layer_norm",
     "linear",
     "linear_coded",
     "linear_quantized",

@@ -41,7 +41,7 @@ def linear_quantized(x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_o
     _refuse()
 
 
-rms_norm_linear, glu_linear = unfused(
+rms_norm_linear, glu_linear, activation_linear = unfused(
     rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
 )
 

@@ -38,7 +38,7 @@ def patch_embedding(build: Builder, name: str, width: int, shape: tuple[int, ...
 def layer_norm(build: Builder, name: str, width: int, eps: float) -> LayerNorm:
     dtype = build.weights.activation_dtype
     weight, bias = (build.weights.take(f"{name}.{part}", (width,)).to(dtype) for part in ("weight", "bias"))
-    return LayerNorm(weight, bias, eps)
+    return LayerNorm(build.kernels, weight, bias, eps)
 
 
 class Tower:

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 import shutil
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import wraps
@@ -16,6 +15,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message
 
+from quire.server.batches.expiry import FIELD, PARTS, read_expires_after
 from quire.server.batches.objects import Batch, BatchList, CreateBatch, DeletedFile, FileList, FileObject
 from quire.server.batches.service import BatchService
 from quire.server.batches.store import STORE
@@ -74,14 +74,17 @@ async def upload_file(service: BatchService, context: RequestContext) -> None:
         upload, purpose = form.get("file"), form.get("purpose")
         if not isinstance(upload, UploadFile):
             raise Refusal(400, "the form has no file in the field 'file'", code="missing_file", param="file")
-        context.warn(*(f"unknown field {name[:64]!a} is ignored" for name in sorted({*form} - {"file", "purpose"})[:8]))
+        unknown = sorted({*form} - {"file", "purpose", FIELD, *PARTS})
+        context.warn(*(f"unknown field {name[:64]!a} is ignored" for name in unknown[:8]))
         if purpose != "batch":
             raise Refusal(400, f"purpose is {purpose!r}; 'batch' is supported", code="invalid_purpose", param="purpose")
+        after, created_at = read_expires_after(form), service.clock()
         size = await service.on_disk(_copy, upload.file, target)
         file = FileObject(
             id=name,
             bytes=size,
-            created_at=int(time.time()),
+            created_at=created_at,
+            expires_at=created_at + after.seconds if after else None,
             filename=(upload.filename or "input.jsonl")[:_MAX_NAME_CHARS],
             purpose=purpose,
         )

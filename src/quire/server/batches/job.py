@@ -231,10 +231,12 @@ class Job:
         partial = self._store.write_answers(self.batch.id, file_id, succeeded=succeeded)
         if partial is None:
             return None
+        created_at, after = self._time(), self.batch.output_expires_after
         file = FileObject(
             id=file_id,
             bytes=partial.stat().st_size,
-            created_at=self._time(),
+            created_at=created_at,
+            expires_at=created_at + after.seconds if after else None,
             filename=f"{self.batch.id}_{kind}.jsonl",
             purpose="batch_output",
         )

@@ -14,6 +14,13 @@ ENDED: frozenset[Status] = frozenset(("failed", "completed", "expired", "cancell
 """Final states of a batch."""
 
 
+class ExpiresAfter(Struct, kw_only=True):
+    """When a file is deleted: so many seconds after its creation."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Meta(ge=3600, le=2592000)]
+
+
 class FileObject(Struct, kw_only=True):
     """A stored file."""
 
@@ -77,6 +84,7 @@ class CreateBatch(Struct, kw_only=True):
     endpoint: str
     completion_window: str
     metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 class Batch(Struct, kw_only=True):
@@ -102,6 +110,8 @@ class Batch(Struct, kw_only=True):
     cancelled_at: int | None = None
     request_counts: RequestCounts
     metadata: Mapping[str, str] | None = None
+    output_expires_after: ExpiresAfter | UnsetType = UNSET
+    """For the files with the answers."""
 
 
 class BatchList(Struct, kw_only=True):

@@ -13,9 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import UNSET
+
 from quire.errors import EngineUnavailableError
 from quire.server.auth import Client
 from quire.server.backend import Engine
+from quire.server.batches.expiry import Sweeper
 from quire.server.batches.job import Job
 from quire.server.batches.line_requests import LineRequests
 from quire.server.batches.objects import Batch, BatchList, CreateBatch, FileList, FileObject, RequestCounts
@@ -52,12 +55,15 @@ class BatchService:
         self._slots = Semaphore(settings.batch_concurrency)
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, Task[None]] = {}
+        self._sweeper = Sweeper(store, self._stored, self._files_in_use, now)
+        self._sweeping: Task[None] | None = None
         self._started = self._stopped = self._closed = False
         # SQLite waits for the disk; one thread keeps the calls in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     async def start(self) -> None:
-        """Go on with all batches that are not over. While the store fails, it tries again."""
+        """Go on with all batches that are not over, and delete files at their time. While the store fails, it tries
+        again."""
         pause = RetryPause()
         while True:
             try:
@@ -69,15 +75,17 @@ class BatchService:
         self._started = True
         for batch, client in unended:
             self._run(batch, client)
+        self._sweeping = asyncio.create_task(self._sweeper.run())
 
     async def stop(self) -> None:
         """Leave all batches where they are. Lines being answered are answered again after the next start."""
         if self._stopped:
             return
         self._started, self._stopped = False, True
-        for task in self._tasks.values():
+        tasks = [*self._tasks.values(), *((self._sweeping,) if self._sweeping else ())]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._closed = True
         await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
         self._thread.shutdown(wait=False)
@@ -96,23 +104,30 @@ class BatchService:
     async def add_file(self, file: FileObject, client: Client, partial: Path) -> None:
         """Keep an uploaded file, whose content was written to `partial`."""
         await self._stored(self._store.add_file, file, client.account, partial)
+        self._sweeper.wake()
+
+    def clock(self) -> int:
+        """Seconds since 1970."""
+        return int(self._now())
 
     async def room(self) -> int:
         """Bytes that further uploads may take."""
         return max(0, self._settings.batch_dir_size - await self._stored(self._store.total_bytes))
 
-    async def file(self, file_id: str, client: Client) -> FileObject:
-        """Raises `Refusal` (404) if the client has no such file."""
+    async def file(self, file_id: str, client: Client, *, named: str = "file_id") -> FileObject:
+        """Raises `Refusal` (404) if the client has no such file, or its time is over; `named` is the client's
+        field."""
         file = await self._stored(self._store.file, file_id, client.account)
-        if file is None:
-            raise Refusal(404, f"there is no file {file_id[:100]!r}", code="file_not_found", param="file_id")
+        if file is None or (file.expires_at is not None and file.expires_at <= self._now()):
+            raise Refusal(404, f"there is no file {file_id[:100]!r}", code="file_not_found", param=named)
         return file
 
     async def files(
         self, client: Client, *, purpose: str | None, after: str | None, limit: int, ascending: bool
     ) -> FileList:
         def page() -> list[FileObject]:
-            return self._store.files(client.account, purpose=purpose, after=after, limit=limit + 1, ascending=ascending)
+            of, now = client.account, self._now()
+            return self._store.files(of, now, purpose=purpose, after=after, limit=limit + 1, ascending=ascending)
 
         data, has_more = _cut(await self._stored(page), limit)
         first, last = (data[0].id, data[-1].id) if data else (None, None)
@@ -139,7 +154,7 @@ class BatchService:
                 code="invalid_endpoint",
                 param="endpoint",
             )
-        file = await self.file(request.input_file_id, client)
+        file = await self.file(request.input_file_id, client, named="input_file_id")
         if file.purpose != "batch":
             raise Refusal(
                 400,
@@ -159,6 +174,7 @@ class BatchService:
             expires_at=now + seconds,
             request_counts=RequestCounts(),
             metadata=request.metadata,
+            output_expires_after=request.output_expires_after or UNSET,
         )
         await self._stored(self._store.add_batch, batch, client)
         self._run(batch, client._replace(background=True))
@@ -202,6 +218,10 @@ class BatchService:
 
     def _forget(self, batch_id: str) -> None:
         del self._jobs[batch_id], self._tasks[batch_id]
+        self._sweeper.wake()  # it has read its input, and written files
+
+    def _files_in_use(self) -> list[str]:
+        return [job.batch.input_file_id for job in self._jobs.values()]
 
     async def _stored(self, call: Callable[..., T], *args: Any) -> T:
         """Call the store in its thread. Raises `StoreFailedError` for a fault, and `EngineUnavailableError` after the

@@ -6,13 +6,15 @@ beside its place and renamed, so it is whole or absent. Methods raise what SQLit
 
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 
 from quire.errors import ConfigError
+from quire.option_values import expand_home
 from quire.server.auth import Client
 from quire.server.batches.objects import ENDED, Batch, FileObject
 from quire.server.transaction import transaction
@@ -26,6 +28,7 @@ CREATE TABLE IF NOT EXISTS answers (
     batch_id TEXT, line INTEGER, succeeded INTEGER, data BLOB, PRIMARY KEY (batch_id, line)) WITHOUT ROWID;
 """
 _VERSION = 1
+_MOST_AT_ONCE = 256
 STORE = "--batch-dir"
 """What errors call the store."""
 
@@ -46,7 +49,7 @@ class BatchStore:
         """Opens or makes the store, which errors call `name`. Raises `ConfigError` if it cannot be used, or another
         process uses it."""
         self.name = name
-        self._folder = Path(folder).expanduser()
+        self._folder = expand_home(folder)
         try:
             self._files = self._folder / "files"
             self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -82,8 +85,9 @@ class BatchStore:
         _sync(self._files)  # the name too is on the disk before the row
         with transaction(self._db):
             self._db.execute(
-                "INSERT OR REPLACE INTO files (id, account, purpose, bytes, data) VALUES (?, ?, ?, ?, ?)",
-                (file.id, account, file.purpose, file.bytes, msgspec.json.encode(file)),
+                "INSERT OR REPLACE INTO files (id, account, purpose, bytes, data, expires_at)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (file.id, account, file.purpose, file.bytes, msgspec.json.encode(file), file.expires_at),
             )
 
     def file(self, file_id: str, account: str) -> FileObject | None:
@@ -91,10 +95,14 @@ class BatchStore:
         return None if row is None else msgspec.json.decode(row[0], type=FileObject)
 
     def files(
-        self, account: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool
+        self, account: str, now: float, *, purpose: str | None, after: str | None, limit: int, ascending: bool
     ) -> list[FileObject]:
-        """At most `limit` files of an account, newest first unless `ascending`, from the one that follows `after`."""
-        rows = self._page("files", account, after=after, limit=limit, ascending=ascending, purpose=purpose)
+        """At most `limit` files of an account whose time is not over, newest first unless `ascending`, from the one
+        that follows `after`."""
+        wanted: dict[str, Any] = {"coalesce(expires_at, 1e18) > ?": now}
+        if purpose is not None:
+            wanted["purpose = ?"] = purpose
+        rows = self._page("files", account, after=after, limit=limit, ascending=ascending, wanted=wanted)
         return [msgspec.json.decode(data, type=FileObject) for data in rows]
 
     def total_bytes(self) -> int:
@@ -110,6 +118,19 @@ class BatchStore:
         with transaction(self._db):
             self._db.execute("DELETE FROM files WHERE id = ? AND account = ?", (file_id, account))
         return True
+
+    def delete_expired(self, now: float, in_use: Collection[str]) -> float | None:
+        """Delete files whose time is over, except those in use; at most 256 at once. Returns the time of the next file
+        that is not in use, which may be over; None if no such file has one."""
+        rows = self._db.execute(
+            "SELECT id, account, expires_at FROM files WHERE expires_at IS NOT NULL ORDER BY expires_at LIMIT ?",
+            (_MOST_AT_ONCE + len(in_use) + 1,),
+        ).fetchall()
+        free = [row for row in rows if row[0] not in in_use]
+        over = [row for row in free if row[2] <= now][:_MOST_AT_ONCE]
+        for file_id, account, _ in over:
+            self.delete_file(file_id, account)
+        return next((float(expires_at) for _, _, expires_at in free[len(over) :]), None)
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -196,12 +217,11 @@ class BatchStore:
         after: str | None,
         limit: int,
         ascending: bool = False,
-        purpose: str | None = None,
+        wanted: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[bytes]:
         order, compare = ("ASC", ">") if ascending else ("DESC", "<")
-        query, values = f"SELECT data FROM {table} WHERE account = ?", [account]
-        if purpose is not None:
-            query, values = query + " AND purpose = ?", [*values, purpose]
+        query = " AND ".join((f"SELECT data FROM {table} WHERE account = ?", *wanted))
+        values = [account, *wanted.values()]
         if after is not None:
             query += f" AND number {compare} (SELECT number FROM {table} WHERE id = ? AND account = ?)"
             values += [after, account]
@@ -221,6 +241,9 @@ class BatchStore:
             raise ConfigError(f"batch_dir {self._folder} was written by another version of Quire; give a new folder")
         for statement in _SCHEMA.split(";"):
             self._db.execute(statement)
+        if not any(name == "expires_at" for _, name, *_ in self._db.execute("PRAGMA table_info(files)")):
+            self._db.execute("ALTER TABLE files ADD COLUMN expires_at INTEGER")  # the store is older
+        self._db.execute("CREATE INDEX IF NOT EXISTS expiries ON files (expires_at) WHERE expires_at IS NOT NULL")
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
 

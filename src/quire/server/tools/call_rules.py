@@ -8,12 +8,15 @@ from typing import Any
 
 from quire.grammar.json_schema import WHITESPACE, prepared
 from quire.server.tools.arguments import is_text, json_types, property_schema, resolve
-from quire.server.tools.format_types import BracedBody, HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
+from quire.server.tools.format_types import BracedBody, HeaderBody, JsonBody, Messages, PythonBody, TagBody, ToolFormat
 from quire.server.tools.marks import Marks
 from quire.server.tools.request import Tool, ToolUse
 
 MAX_CACHED_CHARS = 2**14
 _BARE_NAME = re.compile(r"[\w-]+")
+_INDEX = "/[0-9]/"
+_TYPE_NAMES = {"integer": "number"}
+"""JSON types that tags call otherwise."""
 
 
 class Rules:
@@ -71,6 +74,21 @@ class CallRules:
         self._rules.add("opened_call", f"{mark(rest)} ({' | '.join(bodies)}) {mark(form.call[1])}")
         return f"opened_call{more}"
 
+    def messages(self, row: Messages, most: int) -> str:
+        """Like `calls`, with the headers of the messages that hold them."""
+        mark = self._marks.lark
+        if "{name}" not in row.calls_head:
+            return f"{mark(row.calls_head)} {self.calls(most)}"
+        heads = [mark(row.calls_head.replace("{name}", tool.name)) for tool in self._use.tools]
+        begin, end = map(mark, row.calls.section)
+        calls = [
+            f"{head} {begin} {self._call(tool, i)} {end}"
+            for i, (head, tool) in enumerate(zip(heads, self._use.tools, strict=True))
+        ]
+        self._rules.add("message", " | ".join(calls))
+        again = f"{mark(row.calls_end)} {mark(row.opening)} message"
+        return f"message ({again}){{0,{most - 1}}}" if self._use.parallel and most > 1 else "message"
+
     def _call(self, tool: Tool, index: int) -> str:
         form, mark = self._form, self._marks.lark
         assert form is not None
@@ -83,6 +101,7 @@ class CallRules:
             case JsonBody() as body:
                 id_part = f'"{body.id_key}": "0", ' if body.id_key else ""
                 head = f'{{{id_part}"{body.name_key}": {json.dumps(tool.name)}, "{body.arguments_key}": '
+                head = f"{{{json.dumps(tool.name)}: " if body.keyed else head
                 rule = f'{self.quoted(head)} {self.arguments(tool)} "}}"'
             case HeaderBody() as body:
                 rule = f"{self._header(body, tool)} {self._marks.lark(body.middle)} {self.arguments(tool)}"
@@ -96,7 +115,7 @@ class CallRules:
 
     def _header(self, body: HeaderBody, tool: Tool) -> str:
         before, index, after = body.header.replace("{name}", tool.name).partition("{index}")
-        return f"{self.quoted(before)} {'/[0-9]/' if index else ''} {self._marks.lark(after)}"
+        return f"{self.quoted(before)} {_INDEX if index else ''} {self._marks.lark(after)}"
 
     def arguments(self, tool: Tool) -> str:
         """The arguments as one JSON object. Only a strict or forced call follows the schema."""
@@ -160,7 +179,8 @@ class _TagRules:
     def call(self) -> str:
         """The whole call."""
         body, mark, listed = self._body, self._marks.lark, _Properties(self._tool)
-        parts = [mark(f"{body.name_open}{self._tool.name}{body.name_close}")]
+        head, index, rest = f"{body.name_open}{self._escaped(self._tool.name)}{body.name_close}".partition("{index}")
+        parts = [mark(head), _INDEX if index else "", mark(rest)]
         parts += [self._argument(listed, name, index) for index, name in enumerate(listed.required)]
         parts += [
             f"{self._argument(listed, name, index)}?"
@@ -173,16 +193,25 @@ class _TagRules:
 
     def _argument(self, listed: _Properties, name: str, index: int) -> str:
         schema = listed.schema(name)
-        key_close = self._body.key_close.replace("{is_text}", "false" if _is_json(schema, listed.root) else "true")
-        head = self._marks.lark(f"{self._body.key_open}{name}{key_close}")
+        types = json_types(schema, listed.root) if _is_json(schema, listed.root) else {"string"}
+        head = self._marks.lark(f"{self._body.key_open}{self._escaped(name)}{self._key_close(types)}")
         return self._rules.add(f"{self._name}_{index}", f"{head} {self._value(schema, listed.root, name, index)}")
 
     def _extra(self, listed: _Properties, schema: Mapping[str, Any]) -> str:
         opened = self._marks.lark(self._body.key_open)
-        closed_key = self._marks.lark(self._body.key_close.replace("{is_text}", "true"))
+        closed_key = self._marks.lark(self._key_close({"string"}))
         value = self._value(schema, listed.root, "", len(listed.required) + len(listed.optional))
         body = f"{opened} /[a-zA-Z_][a-zA-Z0-9_]{{0,30}}/ {closed_key} {value}"
         return self._rules.add(f"{self._name}_extra", body)
+
+    def _key_close(self, types: set[str]) -> str:
+        """What follows a key whose values have one of these types."""
+        name = min(_TYPE_NAMES.get(kind, kind) for kind in types)
+        closed = self._body.key_close.replace("{is_text}", "true" if types == {"string"} else "false")
+        return closed.replace("{type}", name)
+
+    def _escaped(self, name: str) -> str:
+        return name.replace("&", "&amp;").replace('"', "&quot;") if self._body.escapes else name
 
     def _value(self, schema: Mapping[str, Any], root: Mapping[str, Any], key: str, index: int) -> str:
         close = self._body.value_close.replace("{key}", key)

@@ -6,10 +6,13 @@ from typing import Protocol, TypeVar
 
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError
-from quire.server.tools.format_types import Channels, Thinking
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS
+from quire.server.tools.format_types import Framed, Thinking
+from quire.server.tools.formats import PLAIN_JSON, TOOL_FORMATS
+from quire.server.tools.framed_formats import FRAMED_FORMATS
 from quire.server.tools.reader import ReplyFormat
 from quire.server.tools.response_template import texts_in, thinking_of, tools_of
+from quire.server.tools.row_texts import suffix_of, with_suffix
+from quire.server.tools.thinking_formats import THINKINGS
 
 
 class _Named(Protocol):
@@ -23,8 +26,8 @@ class _Named(Protocol):
 
 Row = TypeVar("Row", bound=_Named)
 
-AUTO, NONE = "auto", "none"
-_REASONING: tuple[Channels | Thinking, ...] = (*(row for row in TOOL_FORMATS if isinstance(row, Channels)), *THINKINGS)
+AUTO, NONE, HF = "auto", "none", "hf"
+_REASONING: tuple[Framed | Thinking, ...] = (*FRAMED_FORMATS, *THINKINGS)
 
 
 def check_parser_names(tool_call_parser: str, reasoning_parser: str) -> None:
@@ -48,22 +51,29 @@ def find_format(
     tools = _named(tool_call_parser, TOOL_FORMATS, "tool_call_parser")
     thinking = _named(reasoning_parser, _REASONING, "reasoning_parser")
     shown = f"{template}\n{texts_in(response_template)}"
-    if tool_call_parser == AUTO:
-        tools = _matching(shown, TOOL_FORMATS) or tools_of(response_template)
-    if reasoning_parser == AUTO:
-        thinking = _matching(shown, _REASONING) or thinking_of(response_template)
-    return ReplyFormat(tools or PLAIN_JSON, thinking, tokenizer)
+    if suffix := suffix_of(template, tokenizer):
+        added = () if tokenizer is None else tokenizer.added_tokens.values()
+        shown = "\n".join((shown, *added)).replace(f"{suffix}>", ">")
+    if tool_call_parser in (AUTO, HF):
+        tools = _found(tool_call_parser, _matching(shown, TOOL_FORMATS), tools_of(response_template))
+    if reasoning_parser in (AUTO, HF):
+        thinking = _found(reasoning_parser, _matching(shown, _REASONING), thinking_of(response_template))
+    return ReplyFormat(with_suffix(tools or PLAIN_JSON, suffix), with_suffix(thinking, suffix), tokenizer)
+
+
+def _found(name: str, of_table: Row | None, of_template: Row | None) -> Row | None:
+    return of_template or of_table if name == HF else of_table or of_template
 
 
 def _named(name: str, rows: tuple[Row, ...], option: str) -> Row | None:
-    """The row called `name`; None for auto and none."""
-    if name in (AUTO, NONE):
+    """The row called `name`; None for auto, none and hf, which prefers the tokenizer's response template."""
+    if name in (AUTO, NONE, HF):
         return None
     for row in rows:
         if name in row.names:
             return row
     known = ", ".join(sorted(name for row in rows for name in row.names))
-    raise ConfigError(f"{option} is {name!r}; it is {AUTO}, {NONE} or one of {known}")
+    raise ConfigError(f"{option} is {name!r}; it is {AUTO}, {HF}, {NONE} or one of {known}")
 
 
 def _matching(template: str, rows: Iterable[Row]) -> Row | None:

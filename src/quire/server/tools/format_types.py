@@ -15,6 +15,8 @@ class JsonBody:
     arguments_key: str = "arguments"
     id_key: str = ""
     listed: bool = False
+    keyed: bool = False
+    """An object has one member: the name, and the arguments as its value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +36,23 @@ class TagBody:
 
     name_open: str
     name_close: str
+    """A name or key that ends with a quote may be followed by attributes, up to the end of the tag. May hold {index},
+    the number of the call."""
     key_open: str
     key_close: str
-    """A key that ends with a quote may be followed by attributes, up to the end of the tag."""
+    """May hold {is_text} or {type}: an attribute that says whether the value is a text, or its JSON type."""
     value_close: str
     """May hold {key}, the argument's name."""
     end: str
+    tag_end: str = ">"
+    escapes: bool = False
+    """Names and keys are written with the entities &amp; and &quot;."""
+    type_tag: tuple[str, str] = ("", "")
+    """Tags of a value's type, which may stand behind its key."""
+    quote: tuple[str, str] = ("", "")
+    """Marks that may stand around a text."""
+    whole: tuple[str, str] = ("", "")
+    """Tags around all arguments as one JSON object, which may replace the tags of each."""
     prefix: str = ""
     """Stands before every tag, and nowhere else. Objects and lists are then tags within tags: the name of a member or
     of an item is the tag's."""
@@ -118,6 +131,32 @@ class Channels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Messages:
+    """A reply is a row of messages. The header of each says what follows: reasoning, text or calls."""
+
+    names: tuple[str, ...]
+    begin: str
+    """Begins a header."""
+    heads: tuple[str, ...]
+    """Marks that end a header."""
+    ends: tuple[str, ...]
+    """Marks that end a message."""
+    opening: str
+    """What the template writes of a header before the model goes on."""
+    reasoning: tuple[str, str]
+    """The rest of the header of a message with reasoning, and the end of that message."""
+    text: tuple[str, str]
+    text_heads: tuple[str, ...]
+    """Ends of headers of further messages with text."""
+    calls_head: str
+    """The rest of the header of a message with calls. May hold {name}; each call then has a message of its own."""
+    calls_end: str
+    calls: ToolFormat
+    """How calls are written within their message."""
+    in_template: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Thinking:
     """How one family marks its reasoning."""
 
@@ -125,4 +164,21 @@ class Thinking:
     """Names for --reasoning-parser, vLLM's among them."""
     open: str
     close: str
+    also_open: tuple[str, ...] = ()
+    """Marks of other efforts of reasoning."""
+    also_close: tuple[str, ...] = ()
     in_template: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def opens(self) -> tuple[str, ...]:
+        """Marks that begin the reasoning."""
+        return (self.open.strip(), *self.also_open)
+
+    @property
+    def closes(self) -> tuple[str, ...]:
+        """Marks that end the reasoning."""
+        return (self.close.strip(), *self.also_close)
+
+
+Framed = Channels | Messages
+"""Formats that mark every part of a reply, reasoning and text included."""

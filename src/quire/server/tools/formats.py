@@ -1,20 +1,20 @@
-"""The table of formats: how each model family writes tool calls and reasoning. A format is data.
+"""The table of formats: how each model family writes tool calls. A format is data.
 
-A further family is one row; `format_types` says what the fields mean.
+A further family is one row; `format_types` says what the fields mean. Reasoning is in `thinking_formats`.
 """
 
 from dataclasses import replace
 
 from quire.server.tools.format_types import (
     BracedBody,
-    Channels,
+    Framed,
     HeaderBody,
     JsonBody,
     PythonBody,
     TagBody,
-    Thinking,
     ToolFormat,
 )
+from quire.server.tools.framed_formats import FRAMED_FORMATS
 
 _DSML = "｜DSML｜"
 _MINIMAX = "]<]minimax[>["
@@ -59,8 +59,8 @@ _ARG_KEYS = TagBody(
     end="",
 )
 
-TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
-    Channels(names=("openai", "harmony", "gpt_oss")),
+TOOL_FORMATS: tuple[ToolFormat | Framed, ...] = (
+    *FRAMED_FORMATS,
     ToolFormat(
         names=("deepseek_v41",),
         section=(f"<{_DSML} calls>\n", f"\n</{_DSML} calls>"),
@@ -105,6 +105,55 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
         body=HeaderBody(middle="<|tool_call_argument_begin|>", header="functions.{name}:{index}"),
         id_style="header",
         in_template=(("<|tool_call_argument_begin|>",), ("<|tool_calls_section_begin|>",)),
+    ),
+    ToolFormat(
+        names=("k2_horizon",),
+        section=("<ifm|tool_calls>\n", "\n</ifm|tool_calls>"),
+        call=("<ifm|tool_call>", "</ifm|tool_call>"),
+        body=TagBody(
+            name_open="",
+            name_close="\n",
+            key_open="<ifm|arg_key>",
+            key_close="</ifm|arg_key>\n<ifm|arg_value>",
+            value_close="</ifm|arg_value>\n",
+            end="",
+            type_tag=("<ifm|arg_type>", "</ifm|arg_type>"),
+        ),
+        between="\n",
+        in_template=(("<ifm|tool_call>",),),
+    ),
+    ToolFormat(
+        names=("plamo3",),
+        section=("<|plamo:begin_tool_requests:plamo|>", "<|plamo:end_tool_requests:plamo|>"),
+        call=(
+            "<|plamo:begin_tool_request:plamo|><|plamo:begin_tool_name:plamo|>",
+            "<|plamo:end_tool_arguments:plamo|><|plamo:end_tool_request:plamo|>",
+        ),
+        body=HeaderBody(
+            middle="<|plamo:end_tool_name:plamo|><|plamo:begin_tool_arguments:plamo|>"
+            "<|plamo:constrain|>json<|plamo:msg|>",
+        ),
+        in_template=(("<|plamo:begin_tool_request:plamo|>",), ("<|plamo:begin_tool_requests:plamo|>",)),
+    ),
+    ToolFormat(
+        names=("apertus",),
+        section=("<|tools_prefix|>", "<|tools_suffix|>"),
+        body=JsonBody(listed=True, keyed=True),
+        in_template=(("<|tools_prefix|>",),),
+    ),
+    ToolFormat(
+        names=("minicpm5",),
+        call=('<function name="', "</function>"),
+        body=TagBody(
+            name_open="",
+            name_close='">',
+            key_open='<param name="',
+            key_close='">',
+            value_close="</param>",
+            end="",
+            quote=("<![CDATA[", "]]>"),
+        ),
+        in_template=(('<function name="', '<param name="'),),
     ),
     ToolFormat(
         names=("minimax_m3",),
@@ -322,41 +371,3 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
     PLAIN_JSON,
 )
 """Rows for more special templates come first: the first that a template matches is taken."""
-
-THINKINGS: tuple[Thinking, ...] = (
-    Thinking(names=("seed_oss",), open="<seed:think>", close="</seed:think>", in_template=(("</seed:think>",),)),
-    Thinking(
-        names=("longcat",), open="<longcat_think>\n", close="\n</longcat_think>\n", in_template=(("<longcat_think>",),)
-    ),
-    Thinking(names=("minimax_m3",), open="<mm:think>", close="</mm:think>", in_template=(("</mm:think>",),)),
-    Thinking(
-        names=("gemma4",),
-        open="<|channel>thought\n",
-        close="<channel|>",
-        in_template=(("<|channel>", "<channel|>"),),
-    ),
-    Thinking(names=("mistral", "magistral"), open="[THINK]", close="[/THINK]", in_template=(("[THINK]",),)),
-    Thinking(
-        names=("cohere_command3", "cohere_command4", "command_r", "cohere"),
-        open="<|START_THINKING|>",
-        close="<|END_THINKING|>",
-        in_template=(("<|START_THINKING|>",),),
-    ),
-    Thinking(
-        names=("granite",),
-        open="Here is my thought process:",
-        close="Here is my response:",
-        in_template=(("Here is my thought process:",),),
-    ),
-    Thinking(
-        names=(
-            *("deepseek_r1", "deepseek_v3", "qwen3", "qwen3_5", "glm45", "kimi_k2", "minimax_m2", "minimax", "step3"),
-            *("step3p5", "olmo3", "ernie45", "hunyuan_a13b", "nemotron_v3", "mimo", "think"),
-            *("hy_v3", "holo2", "ling3", "minicpmv", "poolside_v1"),
-        ),
-        open="<think>",
-        close="</think>",
-        in_template=(("<think>",), ("</think>",)),
-    ),
-)
-"""Formats of reasoning. gpt-oss needs no row: its channels mark reasoning too."""

@@ -4,11 +4,11 @@ They are made from the same rows as the readers, so both agree on where a call s
 reads it. `@body` stands for the client's own constraint.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from quire.errors import RequestError
 from quire.server.tools.call_rules import CallRules, Rules
-from quire.server.tools.format_types import Channels, Thinking, ToolFormat
+from quire.server.tools.format_types import Channels, Framed, Messages, Thinking, ToolFormat
 from quire.server.tools.reader import Opening, ReplyFormat
 from quire.server.tools.request import ToolUse
 from quire.structured_outputs import StructuredOutputsParams
@@ -35,8 +35,11 @@ def constrain(
         return text
     rules = Rules()
     reply = _Reply(form, rules, opening=opening, budget=thinking_budget)
-    if isinstance(form.thinking or form.tools, Channels):
-        start = reply.channels(use if calls else None, text)
+    framed = next((row for row in (form.tools, form.thinking) if isinstance(row, Framed)), None)
+    if isinstance(framed, Messages):
+        start = reply.messages(framed, use if calls else None, text)
+    elif isinstance(framed, Channels):
+        start = reply.channels(framed, use if calls else None, text)
     elif use is not None and calls:
         start = reply.with_calls(use, text)
     else:
@@ -69,29 +72,35 @@ class _Reply:
             return ""
         if self._opening is Opening.CLOSED:
             return ""
-        marks = self._form.marks
-        close = marks.token_id(thinking.close.strip())
-        if close is not None:
-            budget = "*" if self._budget is None else f"{{0,{self._budget}}}"
-            inside = f"{_tokens_but([close, *self._form.special_ids])}{budget}" if self._budget != 0 else ""
-            body = f"{inside} <[{close}]>"
-        elif self._budget is not None:
-            raise _no_budget()
-        else:
-            self._rules.add("think", "/(.|\\n)*/", f"suffix={CallRules.quoted(thinking.close.strip())}")
-            body = "think"
-        gap = "/[ \\n]{0,2}/"
+        body, gap = self._thought(thinking.closes), "/[ \\n]{0,2}/"
         if self._opening is Opening.OPEN:
             return f"{body} {gap}"
-        return f"({marks.lark(thinking.open.strip())} {body} {gap})?"
+        return f"(({' | '.join(map(self._form.marks.lark, thinking.opens))}) {body} {gap})?"
+
+    def _thought(self, closes: Sequence[str]) -> str:
+        """The reasoning behind its opening mark, up to one of the marks that close it."""
+        marks = self._form.marks
+        first_ids = [token_id for mark in closes if (token_id := marks.first_token_id(mark)) is not None]
+        if len(first_ids) == len(closes):
+            budget = "*" if self._budget is None else f"{{0,{self._budget}}}"
+            inside = f"{_tokens_but([*first_ids, *self._form.special_ids])}{budget}" if self._budget != 0 else ""
+            return f"{inside} ({' | '.join(map(marks.lark, closes))})"
+        if self._budget is not None:
+            raise _no_budget()
+        names = [
+            self._rules.add(f"think_{i}", "/(.|\\n)*/", f"suffix={CallRules.quoted(mark)}")
+            for i, mark in enumerate(closes)
+        ]
+        return f"({' | '.join(names)})"
 
     def anything(self) -> str:
         """Any tokens. The first one does not open the reasoning, which `lead` has covered."""
         thinking = self._form.thinking
-        opener = self._form.marks.token_id(thinking.open.strip()) if isinstance(thinking, Thinking) else None
-        if opener is None or self._opening is not Opening.FREE:
+        opens = thinking.opens if isinstance(thinking, Thinking) else ()
+        ids = [token_id for mark in opens if (token_id := self._form.marks.token_id(mark)) is not None]
+        if not ids or self._opening is not Opening.FREE:
             return "<[*]>*"
-        return f"({_tokens_but([opener])} <[*]>*)?"
+        return f"({_tokens_but(ids)} <[*]>*)?"
 
     def with_calls(self, use: ToolUse, text: StructuredOutputsParams | None) -> str:
         """Calls alone, calls or a constrained text, or calls within any text."""
@@ -105,18 +114,41 @@ class _Reply:
         opener = next((mark.strip() for mark in tools.openers), "")
         if not opener or tools.bare:
             return self.anything()  # nothing tells a call from text before it is complete
-        token_id = self._form.marks.token_id(opener)
+        token_id = self._form.marks.first_token_id(opener)
         rest = calls.calls(MAX_FORCED_CALLS, without_opener=True)
         if token_id is not None:
-            return f"({_tokens_but([token_id])} | <[{token_id}]> {rest})*"
+            return f"({_tokens_but([token_id])} | {self._form.marks.lark(opener)} {rest})*"
         self._rules.add("TEXT", "/(.|\\n)*/")
         self._rules.add("opened", f"TEXT {CallRules.quoted(opener)}", "lazy")
         return f"(opened {rest})* TEXT"
 
-    def channels(self, use: ToolUse | None, text: StructuredOutputsParams | None) -> str:
+    def messages(self, row: Messages, use: ToolUse | None, text: StructuredOutputsParams | None) -> str:
+        """A message with reasoning, then one with text, one with calls, or a text and then calls."""
+        mark, again = self._form.marks.lark, self._form.marks.lark(row.opening)
+        in_text = self._opening is Opening.CLOSED
+        begin = self._form.marks.first_token_id(row.begin)
+        free = "<[*]>*" if use is None or begin is None else f"{_tokens_but([begin])}*"
+        said = f"{'' if in_text else mark(row.text[0])} {'@body' if text is not None else free}"
+        if use is None:
+            reply = said
+        else:
+            calls = CallRules(self._rules, row.calls, self._form.marks, use).messages(row, MAX_FORCED_CALLS)
+            after_text = f"{mark(row.text[1])} {again} {calls}"
+            if use.forced:
+                reply = after_text if in_text else calls
+            elif text is not None or begin is None:
+                reply = f"({said} | {after_text if in_text else calls})"
+            else:  # the text's own tokens hold the mark that ends it
+                reply = f"{said} ({again} {calls})?" if in_text else f"({said} ({again} {calls})? | {calls})"
+        if in_text:
+            return reply
+        thought = f"{self._thought([row.reasoning[1]])} {again}"
+        if self._opening is Opening.OPEN:
+            return f"{thought} {reply}"
+        return f"({mark(row.reasoning[0])} {thought})? {reply}"
+
+    def channels(self, row: Channels, use: ToolUse | None, text: StructuredOutputsParams | None) -> str:
         """gpt-oss: reasoning in its channel, then a call, or the text in the final channel."""
-        row = self._form.tools or self._form.thinking
-        assert isinstance(row, Channels)
         mark = self._form.marks.lark
         ids = [self._form.marks.token_id(name) for name in (row.end, row.start, row.channel, row.message)]
         known = [token_id for token_id in ids if token_id is not None]

@@ -85,6 +85,10 @@ def _json_fields(scan: Scanner, body: JsonBody, call: _JsonCall) -> Scan[bool]:
 
 def _json_field(scan: Scanner, body: JsonBody, call: _JsonCall, key: str) -> Scan[bool]:
     first = yield from scan.peek()
+    if body.keyed and first == "{" and not call.name:
+        call.name = key
+        call.begin()
+        return (yield from scan.json(call.sink.arguments))
     if key in (body.name_key, "name", "function") and first == '"':
         value = yield from _json_value(scan)
         call.name = value if isinstance(value, str) and not call.name else call.name

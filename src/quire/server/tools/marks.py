@@ -45,6 +45,11 @@ class Marks:
         token_id = self._ids.get(mark)
         return token_id if token_id in self.char_of_id else None
 
+    def first_token_id(self, mark: str) -> int | None:
+        """The token that begins the mark."""
+        found = self._tokens.match(mark) if self._tokens is not None else None
+        return None if found is None else self._ids[found[0]]
+
     def before_token(self, mark: str) -> str | None:
         """The text of the mark in front of its first token; None if it has no token."""
         found = self._tokens.search(mark) if self._tokens is not None else None

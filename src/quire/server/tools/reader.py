@@ -1,18 +1,19 @@
 """ReplyReader: reads one sample's text as reasoning, text and tool calls, in one format."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from quire.engine.tokenizer import Tokenizer
 from quire.server.tools.calls import read_calls
 from quire.server.tools.channels import read_channels
 from quire.server.tools.events import Event
-from quire.server.tools.format_types import Channels, Thinking, ToolFormat
+from quire.server.tools.format_types import Channels, Framed, Messages, Thinking, ToolFormat
 from quire.server.tools.marks import Marks, TokenFinder
+from quire.server.tools.messages import MessageReader
 from quire.server.tools.output import Output
 from quire.server.tools.request import ToolUse
+from quire.server.tools.row_texts import mapped, texts_of
 from quire.server.tools.scanner import Scan, Scanner
 from quire.server.tools.sink import NotACallError
 
@@ -24,30 +25,35 @@ class ReplyFormat:
     """The formats of one model, bound to its vocabulary."""
 
     def __init__(
-        self, tools: ToolFormat | Channels | None, thinking: Thinking | Channels | None, tokenizer: Tokenizer | None
+        self, tools: ToolFormat | Framed | None, thinking: Thinking | Framed | None, tokenizer: Tokenizer | None
     ) -> None:
         """Without a tokenizer, all marks are text."""
         self.tools = tools
         self.thinking = thinking
-        self.marks = Marks(tokenizer, [text for row in (tools, thinking) if row is not None for text in _texts(row)])
+        self.marks = Marks(tokenizer, [text for row in (tools, thinking) if row is not None for text in texts_of(row)])
         self.special_ids = frozenset[int]() if tokenizer is None else tokenizer.special_ids
-        self.encoded_tools: ToolFormat | Channels | None = None if tools is None else _mapped(tools, self.marks)
-        self.encoded_thinking: Thinking | Channels | None = None if thinking is None else _mapped(thinking, self.marks)
+        self.encoded_tools: ToolFormat | Framed | None = None if tools is None else mapped(tools, self.marks.encode)
+        self.encoded_thinking: Thinking | Framed | None = (
+            None if thinking is None else mapped(thinking, self.marks.encode)
+        )
 
     def opening(self, prompt: str, continued: str | None = None) -> "Opening":
         """What `prompt` says about the reasoning of the reply. Only its end counts, not earlier turns.
 
         `continued` is the text of the message that the reply continues, if it is not a new one.
         """
-        if not isinstance(self.thinking, Thinking):
-            return Opening.FREE
-        begin, end = self.thinking.open.strip(), self.thinking.close.strip()
-        if continued is not None:
-            if begin not in continued and end not in continued:
+        match self.thinking:
+            case Thinking(opens=begins, closes=ends):
+                unmarked = Opening.FREE
+            case Messages(reasoning=reasoning, text=text):
+                begins, ends, unmarked = (reasoning[0].strip(),), (text[0].strip(),), Opening.CLOSED
+            case _:
                 return Opening.FREE
-            return Opening.OPEN if continued.rfind(begin) > continued.rfind(end) else Opening.CLOSED
+        if continued is not None:
+            begin, end = (max(map(continued.rfind, marks)) for marks in (begins, ends))
+            return unmarked if begin == end else Opening.OPEN if begin > end else Opening.CLOSED
         tail = prompt.rstrip()
-        return Opening.OPEN if tail.endswith(begin) else Opening.CLOSED if tail.endswith(end) else Opening.FREE
+        return Opening.OPEN if tail.endswith(begins) else Opening.CLOSED if tail.endswith(ends) else Opening.FREE
 
 
 class Opening(Enum):
@@ -113,34 +119,37 @@ class _Parser:
         self.thinking = options.opening is Opening.OPEN
         self._scan = scan
         self._output = output
-        self._channels = next(
-            (row for row in (options.form.encoded_tools, options.form.encoded_thinking) if isinstance(row, Channels)),
-            None,
-        )
         row, thinking = options.form.encoded_tools, options.form.encoded_thinking
+        self._framed = next((each for each in (row, thinking) if isinstance(each, Framed)), None)
+        self._in_header = options.opening is Opening.FREE
         self._tools = row if isinstance(row, ToolFormat) and options.use is not None else None
         self._calls_tools = options.use is not None
-        self._think_open = thinking.open.strip() if isinstance(thinking, Thinking) else ""
-        self._think_close = thinking.close.strip() if isinstance(thinking, Thinking) else ""
+        self._think_opens = thinking.opens if isinstance(thinking, Thinking) else ()
+        self._think_closes = thinking.closes if isinstance(thinking, Thinking) else ()
         self._openers = tuple(mark.strip() for mark in self._tools.openers) if self._tools is not None else ()
         self._has_thought = options.opening is not Opening.FREE
         self._num_false_calls = 0
 
     def run(self) -> Scan[None]:
         """Read the whole reply."""
-        if self._channels is not None:
-            yield from read_channels(self._scan, self._channels, self._output, self, calls_tools=self._calls_tools)
-            return
-        if not self.thinking and self._think_open:
+        match self._framed:
+            case Channels() as form:
+                yield from read_channels(self._scan, form, self._output, self, calls_tools=self._calls_tools)
+                return
+            case Messages() as form:
+                made = MessageReader(self._scan, form, self._output, self, calls_tools=self._calls_tools)
+                yield from made.run(in_header=self._in_header)
+                return
+        if not self.thinking and self._think_opens:
             self.thinking = yield from self._opens_thinking()
         if self.thinking:
             yield from self._think()
         yield from self._bare_calls()
         while mark := (yield from self._text()):
-            if mark == self._think_open:
+            if mark in self._think_opens:
                 yield from self._think()
                 yield from self._bare_calls()
-            elif mark == self._think_close:
+            elif mark in self._think_closes:
                 self._scan.position += len(mark)
             elif not (yield from self._calls()):
                 self._scan.position += len(mark)
@@ -150,17 +159,19 @@ class _Parser:
         """True if the reply begins with the mark that opens the reasoning. Reads nothing."""
         start = self._scan.pin()
         yield from self._scan.space()
-        found = yield from self._scan.at(self._think_open)
+        found = False
+        for mark in self._think_opens:
+            found = found or (yield from self._scan.at(mark))
         self._scan.back_to(start)
         return found
 
     def _text(self) -> Scan[str]:
         """Show text up to a mark that may mean something, and return that mark."""
         stops = self._openers
-        if len(self._think_open) == 1:
-            stops += (self._think_open,)  # a token; as a text it opens the reasoning only at the beginning
-        if self._has_thought and self._think_close:
-            stops += (self._think_close,)  # some models close the reasoning twice
+        # A mark that is a token may open the reasoning anywhere, one that is text only at the beginning.
+        stops += tuple(mark for mark in self._think_opens if len(mark) == 1)
+        if self._has_thought:
+            stops += self._think_closes  # some models close the reasoning twice
         if stops:
             return (yield from self._scan.until(stops, self._output.text))
         while True:
@@ -175,12 +186,14 @@ class _Parser:
         self.thinking = self._has_thought = True
         self._output.mark()
         yield from self._scan.space()
-        yield from self._scan.accept(self._think_open)  # may stand in the prompt and in the reply
+        for mark in self._think_opens:
+            if (yield from self._scan.accept(mark)):  # may stand in the prompt and in the reply
+                break
         while True:
-            mark = yield from self._scan.until((self._think_close, *self._openers), self._output.reasoning)
+            mark = yield from self._scan.until((*self._think_closes, *self._openers), self._output.reasoning)
             if not mark:
                 return
-            if mark == self._think_close:
+            if mark in self._think_closes:
                 self._scan.position += len(mark)
                 break
             if (yield from self._calls(known_only=True)):
@@ -216,33 +229,3 @@ class _Parser:
             self._scan.unpin()
         self._output.mark()
         return True
-
-
-def _texts(row: object) -> list[str]:
-    """All texts of a row, those of its parts included."""
-    found: list[str] = []
-    for name, value in _marks_of(row):
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, tuple):
-            found += [text for text in value if isinstance(text, str)]
-        elif name == "body":
-            found += _texts(value)
-    return found
-
-
-def _mapped(row: Any, marks: Marks) -> Any:
-    """The row with its tokens as characters."""
-    changes: dict[str, Any] = {}
-    for name, value in _marks_of(row):
-        if isinstance(value, str):
-            changes[name] = marks.encode(value)
-        elif isinstance(value, tuple):
-            changes[name] = tuple(marks.encode(text) for text in value)
-        elif name == "body":
-            changes[name] = _mapped(value, marks)
-    return replace(row, **changes)
-
-
-def _marks_of(row: Any) -> list[tuple[str, Any]]:
-    return [(f.name, getattr(row, f.name)) for f in fields(row) if f.name not in ("names", "in_template", "id_style")]

@@ -43,14 +43,18 @@ class TagValues:
         strips, sink = self._body.strips_newlines, self._sink
         if strips:
             yield from self._scan.accept("\n")
+        quote = self._body.quote
+        in_quotes = bool(quote[0]) and (yield from self._scan.accept(quote[0]))
         streams = is_spelled is True or (is_spelled is None and is_text(schema, self._root))
         parts: list[str] = []
         show: Callable[[str], None] = parts.append
         if streams:
             sink.arguments('"')
             show = _TextValue(sink, strips_newline=strips).add
-        stops = self._closers if self._body.prefix else (close, *self._closers)
+        stops = (quote[1],) if in_quotes else self._closers if self._body.prefix else (close, *self._closers)
         stop = yield from self._scan.until(stops, show)
+        if in_quotes:
+            self._scan.position += len(stop)
         if streams:
             if stop:
                 sink.arguments('"')

@@ -1,0 +1,81 @@
+"""Formats that mark every part of a reply, reasoning and text included. `format_types` says what the fields mean."""
+
+from quire.server.tools.format_types import Channels, Framed, JsonBody, Messages, TagBody, ToolFormat
+
+FRAMED_FORMATS: tuple[Framed, ...] = (
+    Messages(
+        names=("muse_glimmer",),
+        begin="<|start|>",
+        heads=("<|message|>",),
+        ends=("<|eom|>", "<|eot|>"),
+        opening="<|start|>assistant",
+        reasoning=(" to=self<|message|>", "<|eom|>"),
+        text=(" to=user<|message|>", "<|eom|>"),
+        text_heads=("assistant<|message|>",),
+        calls_head=" to={name}<|message|>",
+        calls_end="<|eom|>",
+        calls=ToolFormat(
+            names=("atem",),
+            section=("<atem:function_calls>\n", "\n</atem:function_calls>"),
+            body=TagBody(
+                name_open='<atem:invoke name="',
+                name_close='">\n',
+                key_open='<atem:parameter name="',
+                key_close='">',
+                value_close="</atem:parameter>\n",
+                end="</atem:invoke>",
+            ),
+            between="\n",
+        ),
+        in_template=(("<atem:function_calls>",), ("to=self", "<|message|>")),
+    ),
+    Messages(
+        names=("inkling",),
+        begin="<|message_model|>",
+        heads=(
+            *("<|content_thinking|>", "<|content_text|>", "<|content_invoke_tool_json|>"),
+            *("<|content_invoke_tool_text|>", "<|content_tool_error|>"),
+        ),
+        ends=("<|end_message|>", "<|content_model_end_sampling|>"),
+        opening="<|message_model|>",
+        reasoning=("<|content_thinking|>", "<|end_message|>"),
+        text=("<|content_text|>", "<|end_message|>"),
+        text_heads=("<|content_invoke_tool_text|>", "<|content_tool_error|>"),
+        calls_head="{name}<|content_invoke_tool_json|>",
+        calls_end="<|end_message|>",
+        calls=ToolFormat(names=("inkling",), body=JsonBody(arguments_key="args")),
+        in_template=(("<|content_invoke_tool_json|>",), ("<|message_model|>", "<|content_text|>")),
+    ),
+    Messages(
+        names=("kimi_k3",),
+        begin="<|open|>",
+        heads=("<|sep|>",),
+        ends=(
+            *("<|close|>think<|sep|>", "<|close|>response<|sep|>", "<|close|>tools<|sep|>"),
+            *("<|close|>message<|sep|>", "<|end_of_msg|>"),
+        ),
+        opening="",
+        reasoning=("<|open|>think<|sep|>", "<|close|>think<|sep|>"),
+        text=("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
+        text_heads=(),
+        calls_head="<|open|>tools<|sep|>",
+        calls_end="",
+        calls=ToolFormat(
+            names=("kimi_k3",),
+            section=("", "<|close|>tools<|sep|>"),
+            body=TagBody(
+                name_open='<|open|>call tool="',
+                name_close='" index="{index}"<|sep|>',
+                key_open='<|open|>argument key="',
+                key_close='" type="{type}"<|sep|>',
+                value_close="<|close|>argument<|sep|>",
+                end="<|close|>call<|sep|>",
+                tag_end="<|sep|>",
+                escapes=True,
+                whole=("<|open|>json", "<|close|>json<|sep|>"),
+            ),
+        ),
+        in_template=(("<|open|>", "<|sep|>"),),
+    ),
+    Channels(names=("openai", "harmony", "gpt_oss", "openai_gptoss")),
+)
