@@ -72,7 +72,7 @@ test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 M
 	@scripts/test_gpu_offline.sh $(ARGS)
 
 test-clients: setup  ## Run the programs of twenty real clients, each in an environment of its own in CLIENTS=.venv-clients (minutes; node)
-	@QUIRE_TEST_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients $(ARGS)
+	@QUIRE_TEST_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients -o faulthandler_timeout=1800 $(ARGS)
 
 test-cluster: setup  ## Test replicas on Ray (minutes; some 100 MB to fetch the first time)
 	@$(PIP) --quiet $(EDITABLE) '.[test,ray]'

@@ -6,10 +6,11 @@ Overload: the server is filled by as many clients as run and wait at once (full 
 the rate at which it answered. Compared are the times to the first token of accepted requests, and how long a refusal
 takes. Fairness: a light key asks alone, and then beside a heavy key that sends ten times as many requests.
 
-The load comes from a process of the lowest priority, so that it takes no CPU time from the server where both share the
-cores. Its clients count answers and measure nothing. A few clients of this process, which has the server's priority,
-measure. They also read how long they, and the process that answers, were ready to run and got no CPU, and how long the
-engine worked until their first token: what neighbours on the machine do counts little there. All is measured in turns.
+The load comes from a process of the lowest priority unless another is asked for, so that it takes no CPU time from the
+server where both share the cores. Its clients count answers and measure nothing. A few clients of this process, which
+has the server's priority, measure. They also read how long they, and the process that answers, were ready to run and
+got no CPU, and how long the engine worked until their first token: what neighbours on the machine do counts little
+there. All is measured in turns.
 """
 
 import argparse
@@ -306,7 +307,7 @@ def engine_of(pid: int) -> int:
     raise RuntimeError(f"process {pid} has no engine")
 
 
-def with_server(work: Callable[[Server, Generator], None], *, nice: int = 19) -> None:
+def with_server(work: Callable[[Server, Generator], None], *, nice: int) -> None:
     """Run `work` with a server of the bundled model, and with load of a process with this niceness."""
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys.toml"
@@ -335,6 +336,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--load-nice", type=int, default=19, help="niceness of the load; 0 where others would leave it no CPU"
+    )
     parser.add_argument("--generate", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--nice", type=int, default=19, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -347,7 +351,7 @@ def main() -> None:
         fairness(server, generator, given.seconds, given.turns, rate)
         print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
-    with_server(work)
+    with_server(work, nice=given.load_nice)
 
 
 if __name__ == "__main__":

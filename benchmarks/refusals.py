@@ -28,8 +28,6 @@ from benchmarks.overload import (
 )
 
 TOKENS = 900
-CLIENTS = 2
-"""Clients that measure."""
 FILL_SECONDS = 20.0
 """In which the queue must be full."""
 
@@ -42,14 +40,14 @@ def wait_full(server: Server) -> None:
         ask(server, HEAVY, seen)
 
 
-def measure(server: Server, generator: Generator, seconds: float, turns: int) -> None:
+def measure(server: Server, generator: Generator, seconds: float, turns: int, clients: int) -> None:
     costs, delays, all_seen = list[float](), list[float](), Seen()
     loop = f"{server.pid}/task/{server.pid}"
     for _ in range(turns):
-        with generator.load(2 * seconds + FILL_SECONDS, clients=SEATS + QUEUE + CLIENTS, tokens=TOKENS):
+        with generator.load(2 * seconds + FILL_SECONDS, clients=SEATS + QUEUE + clients, tokens=TOKENS):
             wait_full(server)
             before = Use.of(loop)
-            seen = probe(server, seconds, HEAVY, clients=CLIENTS, pause=0.0)
+            seen = probe(server, seconds, HEAVY, clients=clients, pause=0.0)
             asked = Use.of(loop).since(before)
             before = Use.of(loop)
             time.sleep(seconds)
@@ -73,8 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="in which refusals are measured, in each turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=1, help="threads that measure; each may wait for the others")
     given = parser.parse_args()
-    with_server(lambda server, generator: measure(server, generator, given.seconds, given.turns), nice=0)
+
+    def work(server: Server, generator: Generator) -> None:
+        measure(server, generator, given.seconds, given.turns, given.clients)
+
+    with_server(work, nice=0)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,12 @@ THROUGH_TRANSFORMERS = """
 
 Any other decoder of transformers 5 runs on the paged cache, more slowly, if `quire-llm[transformers]` is installed. A
 line at start says so. It is looked at first: each layer must ask the library's attention interface for the heads that
-config.json names, see all earlier tokens or a window of them, and let tokens meet nowhere else; else it is refused with
-the reason. Of transformers 5.24 these give the library's greedy tokens: Afmoe, Apertus 1.5, Aria, BitNet, Cohere2-MoE,
-FlexOlmo, Granite-SWA, Granite-MoE-SWA, Granite-MoE-shared, Hunyuan V3, HyperCLOVA-X, Jais 2, Laguna, Mellum, MiniMax-M2
-and M3, NanoChat, Nemotron, OLMo, Solar-Open, VaultGemma (some in `tests/models/test_transformers_model.py`).
+config.json names, see all earlier tokens or a window of them, and let tokens meet nowhere else; else it is refused
+with the reason while it loads: MiniCPM3 for its latent attention, Gemma 4 for heads of two sizes. Of transformers 5.24
+these give the library's greedy tokens: Afmoe, Apertus 1.5, Aria, BitNet, Cohere2-MoE, FlexOlmo, Gemma 3n (its text
+model, whose last layers keep copies of the keys and values that they share), Granite-SWA, Granite-MoE-SWA,
+Granite-MoE-shared, Hunyuan V3, HyperCLOVA-X, Jais 2, Laguna, Mellum, MiniMax-M2 and M3, NanoChat, Nemotron, OLMo,
+Solar-Open, VaultGemma (some in `tests/models/test_transformers_model.py`).
 """
 
 ENCODERS = """

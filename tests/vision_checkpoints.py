@@ -10,6 +10,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlavaConfig,
@@ -28,8 +30,10 @@ from tests.checkpoints import write_tokenizer
 
 SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>"]
 SPECIAL += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+SPECIAL += ["<start_of_image>", "<end_of_image>"]
 FIRST_SPECIAL = 260
 IMAGE = FIRST_SPECIAL
+START_OF_IMAGE = FIRST_SPECIAL + SPECIAL.index("<start_of_image>")
 VOCAB_SIZE = FIRST_SPECIAL + len(SPECIAL)
 
 _TEXT: dict[str, Any] = {
@@ -64,6 +68,14 @@ _QWEN2: dict[str, Any] = {
     "num_heads": 4,
     "patch_size": 4,
     "mlp_ratio": 2,
+}
+_GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 24,
 }
 _MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}
 _MEANS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -100,6 +112,15 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "do_image_splitting": True,
     },
 }
+_PROCESSORS["gemma3"] = {
+    "image_processor_type": "Gemma3ImageProcessor",
+    "size": {"height": 64, "width": 64},
+    "resample": 2,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "do_pan_and_scan": None,
+    "image_seq_length": 16,
+}
 _PROCESSORS["qwen2_vl"] = _PROCESSORS["qwen2_5_vl"]
 _PROCESSORS["smolvlm"] = {**_PROCESSORS["idefics3"], "image_processor_type": "SmolVLMImageProcessor"}
 TEMPLATE = (
@@ -133,6 +154,15 @@ def make_vision_checkpoint(folder: Path, family: str, text: dict[str, Any] | Non
             case "smolvlm":
                 config = SmolVLMConfig(vision_config=_SIGLIP, text_config=text_config, image_token_id=IMAGE, **options)
                 model = SmolVLMForConditionalGeneration(config)
+            case "gemma3":
+                options = {"mm_tokens_per_image": 16, "image_token_index": IMAGE, **options}
+                options |= {"boi_token_index": START_OF_IMAGE, "eoi_token_index": START_OF_IMAGE + 1}
+                gemma3 = Gemma3Config(
+                    vision_config={**_SIGLIP, "image_size": 64},
+                    text_config={**_TEXT, **_GEMMA3, **(text or {})},
+                    **options,
+                )
+                model = Gemma3ForConditionalGeneration(gemma3)
             case "qwen2_vl":
                 text_config |= {"model_type": "qwen2_vl_text", "rope_parameters": _MROPE}
                 config = Qwen2VLConfig(
@@ -152,7 +182,8 @@ def make_vision_checkpoint(folder: Path, family: str, text: dict[str, Any] | Non
     model.generation_config.eos_token_id = 258
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_PROCESSORS[family]))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    marker = "<start_of_image>" if family == "gemma3" else "<image>"
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<image>", marker))
     write_tokenizer(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])

@@ -10,6 +10,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -20,6 +21,7 @@ from tests.vision_checkpoints import IMAGE
 
 _PROCESSORS: dict[str, Any] = {
     "CLIPImageProcessor": CLIPImageProcessorPil,
+    "Gemma3ImageProcessor": Gemma3ImageProcessorPil,
     "LlavaImageProcessor": LlavaImageProcessorPil,
     "LlavaNextImageProcessor": LlavaNextImageProcessorPil,
     "Idefics3ImageProcessor": Idefics3ImageProcessorPil,
@@ -54,6 +56,8 @@ def expected_logits(folder: Path, token_ids: list[int], images: list[Image.Image
     inputs = pixel_values(folder, images) if images else {}
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (torch.tensor([token_ids]) == IMAGE).int()
+    if images and (folder / "preprocessor_config.json").read_text().count("Gemma3"):
+        inputs["token_type_ids"] = (torch.tensor([token_ids]) == IMAGE).int()
     with torch.inference_mode():
         logits: Tensor = reference(folder)(torch.tensor([token_ids]), **inputs).logits[0]
     return logits

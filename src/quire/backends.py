@@ -98,7 +98,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             sampling="quire.kernels.triton.sampling",
             block_sizes=tuple(range(16, 257, 16)),
             workspace=PARTS_WORKSPACE,
-            lacks=("attention sinks", "latent attention"),
+            lacks=("attention sinks", "latent attention", "images seen from both sides"),
             captures=True,
         ),
         "sdpa": Backend(

@@ -71,7 +71,7 @@ class KVSpec:
     value_dim: int
     """Elements of a key and of a value, per head."""
     window: int = 0
-    """Positions that a token attends to, itself included; 0 for all. Blocks outside the window are kept today."""
+    """Positions that a token attends to, itself included; 0 for all. Blocks outside the window are given back."""
 
     @property
     def num_elements(self) -> int:

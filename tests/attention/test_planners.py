@@ -62,7 +62,7 @@ def test_a_plan_with_a_window_moves_its_first_keys(window: int) -> None:
 
 def test_groups_of_one_window_share_their_work() -> None:
     plan_groups = GroupPlanner("cpu", [SHAPE, replace(SHAPE, window=8), SHAPE])
-    starts, lengths, tables, slots = Decode().arrays
+    starts, lengths, tables, slots, _ = Decode().arrays
     steps = [StepArrays(starts, lengths, tables + 100 * group, slots + group) for group in range(3)]
     for repeats in (False, True, True):
         first, windowed, third = plan_groups(steps, repeats=repeats)
@@ -88,7 +88,7 @@ def test_a_second_plan_of_the_step_is_not_updated_in_place_of_the_first() -> Non
     """The plan of a step's output tokens is made by the same planner."""
     decode = Decode()
     decode.step(repeats=False)
-    starts, _, tables, slots = decode.arrays
+    starts, _, tables, slots, _ = decode.arrays
     decode.planner(StepArrays(starts[:2], decode.arrays.seq_lens[:1].copy(), tables[:1], slots[:1]))
     assert key_ends(decode.step()) == [9, 42]
 

@@ -9,7 +9,12 @@ from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 
-from quire.cli.serve import engine_config_for
+import pytest
+
+from quire.cli import serve as serve_module
+from quire.cli.serve import embedding_config_for, engine_config_for
+from quire.config import EngineConfig
+from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -78,3 +83,41 @@ def test_no_address_is_reported_before_the_cheap_checks() -> None:
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
         assert done.returncode in (2, 3)
         assert "listening on" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "options", "expected"),
+    [
+        (8, None, "{}", 4),
+        (2, None, "{}", 1),
+        (1, None, "{}", 1),
+        (3, None, "{}", 1),
+        (8, 6, "{}", 3),
+        (8, 1, "{}", 1),
+        (8, None, '{"threads": 7}', 7),
+    ],
+)
+def test_an_embedder_takes_at_most_half_of_the_cores(
+    cores: int, threads: int | None, options: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its texts never hold as many cores as streams beside them can use."""
+    monkeypatch.setattr(serve_module, "usable_cores", lambda: cores)
+    settings = ServerSettings(embedding_model="vectors", embedding_options=options)
+    found = embedding_config_for(settings, EngineConfig(threads=threads, max_queue_size=17))
+    assert found is not None
+    assert (found.model, found.threads, found.max_queue_size) == ("vectors", expected, 17)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        (None, "{}", "embedding_options is set without embedding_model"),
+        ("vectors", "{", "embedding_options is not JSON"),
+        ("vectors", "[1]", "must be a JSON object"),
+        ("vectors", '{"nonsense": 1}', "nonsense"),
+        ("vectors", '{"threads": "many"}', "threads"),
+    ],
+)
+def test_options_of_an_embedder_that_do_not_fit(model: str | None, options: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        embedding_config_for(ServerSettings(embedding_model=model, embedding_options=options), EngineConfig())

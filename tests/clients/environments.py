@@ -27,7 +27,7 @@ class RealClient:
     packages: list[str] = field(default_factory=list)
     npm: list[str] = field(default_factory=list)
     server: str = "stand-in"
-    """Whom it talks to: a stand-in, or `quire serve` with the bundled model."""
+    """What it talks to: a stand-in, or `quire serve` with the bundled model; short: with few tokens of context."""
     light: bool = False
     behind: bool = False
     """Quire's own environment lies behind this one: torch is large."""

@@ -39,14 +39,14 @@ def running_stand_in() -> Iterator[RunningServer]:
 
 
 @contextmanager
-def running_bundled() -> Iterator[str]:
+def running_bundled(*flags: str) -> Iterator[str]:
     """The URL of `quire serve` with the bundled model, in a process of its own."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         url = f"http://127.0.0.1:{port}"
-        options = ["--port", str(port), "--threads", "1", "--batch-dir", str(Path(folder) / "batches")]
+        options = ["--port", str(port), "--threads", "1", "--batch-dir", str(Path(folder) / "batches"), *flags]
         command = [sys.executable, "-m", "quire", "serve", *options]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
             try:
@@ -70,12 +70,14 @@ def _wait_for(url: str) -> None:
 @contextmanager
 def running(server: str) -> Iterator[str]:
     """The URL of the server of this kind: see `RealClient.server`."""
-    if server == "bundled":
-        with running_bundled() as url:
-            yield url
-    else:
+    if server == "stand-in":
         with running_stand_in() as stand_in:
             yield stand_in.url
+        return
+    # Requests made of a schema ask for as many samples and tokens as they may.
+    flags = ("--max-model-len", "128", "--max-num-seqs", "16") if server == "short" else ()
+    with running_bundled(*flags) as url:
+        yield url
 
 
 def run_program(client: RealClient, url: str, folder: Path | None) -> Results:

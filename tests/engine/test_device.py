@@ -355,3 +355,21 @@ def test_cores_are_counted_again() -> None:
     assert count() == 2
     cores = 8
     assert count() == 2
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+def test_a_running_engine_follows_the_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_RECOUNT", 0.0)
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    found = []
+    try:
+        with LLM(num_blocks=64, max_num_seqs=1) as llm:
+            for allowed in (before, {min(before)}, before):
+                os.sched_setaffinity(0, allowed)
+                (output,) = llm.generate("ROMEO:", GREEDY)
+                found.append((torch.get_num_threads(), output.outputs[0].token_ids))
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+    tokens = found[0][1]
+    assert found == [(usable_cores(), tokens), (1, tokens), (usable_cores(), tokens)]

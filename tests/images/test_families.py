@@ -16,7 +16,7 @@ from tests.vision_checkpoints import edit_json, make_vision_checkpoint, random_i
 from tests.vision_reference import pixel_values, reference
 
 SIZES = [(40, 40), (100, 31), (31, 100), (33, 32), (150, 200), (64, 64), (7, 9), (90, 20)]
-FAMILIES = ["llava", "llava_next", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"]
+FAMILIES = ["llava", "llava_next", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "gemma3"]
 
 
 def padded_llava(folder: Path) -> Path:

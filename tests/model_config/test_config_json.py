@@ -8,7 +8,7 @@ import pytest
 
 from quire.errors import CheckpointError
 from quire.model_config import ARCHITECTURES, ModelConfig, RopeConfig
-from quire.model_config.activation import ACTIVATIONS
+from quire.model_config.activation import DENSE_ACTIVATIONS
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -182,6 +182,9 @@ class TestWindows:
         assert "supported: 2 times full_attention where use_sliding_window" in refusal(
             tmp_path, LLAMA | values | {"layer_types": layer_types}
         )
+        assert "supported: 2 times full_attention where there is no sliding_window" in refusal(
+            tmp_path, LLAMA | values | {"layer_types": layer_types, "sliding_window": None}
+        )
         assert read(tmp_path, LLAMA | values | {"layer_types": ["full_attention"] * 2}).layer_windows in ((), (0, 0))
 
     def test_layer_types_decide(self, tmp_path: Path) -> None:
@@ -214,6 +217,8 @@ class TestTokensAndDtype:
         for value, expected in {
             "bfloat16": "bfloat16",
             "torch.bfloat16": "bfloat16",
+            "half": "float16",
+            "torch.double": "float32",
             "auto": "float32",
             None: "float32",
         }.items():
@@ -263,7 +268,7 @@ class TestRefusals:
             ),
             (
                 {"hidden_act": "relu6"},
-                f'hidden_act is "relu6"; supported: {", ".join(ACTIVATIONS)}',
+                f'hidden_act is "relu6"; supported: {", ".join(DENSE_ACTIVATIONS)}',
             ),
             ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; supported: a token id or a list of them'),
             (

@@ -532,6 +532,7 @@ def test_qwen3_moe_is_read(tmp_path: Path) -> None:
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9; supported: at most the number of experts 8"),
         ({"num_local_experts": -1}, "num_local_experts is -1; supported: an integer of at least 1"),
+        ({"hidden_act": "mish"}, 'hidden_act is "mish"; supported: silu, .*relu2$'),
         ({"num_experts_per_tok": None}, "num_experts_per_tok is missing; supported: an integer of at least 1"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quire.errors import CheckpointError
+from quire.kv_groups import KVLayout
 from quire.model_config import ModelConfig
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
@@ -79,12 +80,44 @@ def test_parameters_are_those_of_transformers(name: str, tmp_path: Path) -> None
     assert ModelConfig.from_folder(tmp_path).spec.num_parameters == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        ("gemma-3-1b-pt", 5.9),
+        ("gpt-oss-20b", 1.99),
+        ("Mistral-7B-v0.1", 7.9),
+        ("Llama-3.2-1B", 1.0),
+        ("DeepSeek-V2-Lite", 8.88),
+        ("DeepSeek-V3", 71.1),
+    ],
+)
+def test_kv_of_a_long_context_beside_one_group_with_keys_and_values(name: str, times: float, tmp_path: Path) -> None:
+    """Of a sequence of 32,768 tokens: windows give blocks back, latent attention keeps one row for all heads."""
+    config = ModelConfig.from_folder(write(tmp_path, PUBLISHED[name]))
+    latent, context, layout = config.latent, 32_768, KVLayout.of(config.spec)
+    dims = 2 * config.head_dim if latent is None else latent.head_dim + latent.value_dim
+    num_heads = config.num_kv_heads if latent is None else config.num_heads
+    expanded = config.num_layers * num_heads * dims * 2 * context
+    kept = layout.most_blocks(context, 16) * layout.block_bytes(16, "bfloat16")
+    assert times <= expanded / kept < 1.02 * times
+
+
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_families_are_estimated(name: str, tmp_path: Path) -> None:
     config, billions = UNKNOWN[name]
     estimate = ModelConfig.estimated(write(tmp_path, config))
     assert estimate.spec.num_parameters / 1e9 == pytest.approx(billions, rel=0.03)
     assert estimate.architecture == config["architectures"][0]
+
+
+def test_of_sizes_for_each_layer_the_largest_counts(tmp_path: Path) -> None:
+    config, _ = UNKNOWN["gpt-oss-20b"]
+    expected = ModelConfig.estimated(write(tmp_path, config))
+    sizes = [2880, 1024] * 12
+    assert ModelConfig.estimated(write(tmp_path, config | {"intermediate_size": sizes})) == expected
+    for bad in ([], [2880, "x"], [2880, 0], [True]):
+        with pytest.raises(CheckpointError, match="intermediate_size is "):
+            ModelConfig.estimated(write(tmp_path, config | {"intermediate_size": bad}))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ def test_reference_kernels_compute_the_same(family: str, tmp_path: Path) -> None
         ("llama", {"tie_word_embeddings": True}),
         ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
         ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"hidden_act": "quick_gelu"}),
+        ("llama", {"hidden_act": "mish"}),
+        ("llama", {"hidden_act": "tanh"}),
+        ("llama", {"hidden_act": "sigmoid"}),
+        ("llama", {"hidden_act": "linear"}),
         (
             "llama",
             {"hidden_size": 60, "intermediate_size": 101, "head_dim": 20, "num_attention_heads": 5}

@@ -80,6 +80,24 @@ def test_left_over_tensors(folder: Path, file: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", torch.zeros(1, 1, 8, 8)),
+        ("model.layers.0.self_attn.rotary_emb.sin_cached", torch.zeros(1, 1, 8, 8)),
+        ("model.rotary_emb.inv_freq", torch.zeros(16)),
+        ("rope.freqs", torch.zeros(16)),
+        ("model.layers.0.self_attn.masked_bias", torch.tensor(-1e4)),
+        ("model.embed_positions.position_ids", torch.zeros(1, 8, dtype=torch.int64)),
+        ("model.layers.1.mlp.down_proj._extra_state", torch.zeros(3, dtype=torch.uint8)),
+        ("model.nothing", torch.zeros(0, 4)),
+    ],
+)
+def test_buffers_of_other_years_change_nothing(name: str, tensor: torch.Tensor, folder: Path, file: Path) -> None:
+    save_file({**load_file(file), name: tensor}, file)
+    load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), "float32")
+
+
 def test_misshapen_tensor(folder: Path, file: Path) -> None:
     tensors = load_file(file)
     tensors["model.norm.weight"] = torch.zeros(65)
@@ -205,6 +223,12 @@ class TestShards:
             f"FOLDER/{shard.name} is missing; "
             "model.safetensors.index.json says that it holds tensors of this checkpoint"
         )
+
+    def test_files_may_be_named_from_the_folder_on(self, folder: Path, index: Path) -> None:
+        content = json.loads(index.read_text())
+        content["weight_map"] = {tensor: f"./{name}" for tensor, name in content["weight_map"].items()}
+        index.write_text(json.dumps(content))
+        load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), "float32")
 
     def test_index_at_odds_with_the_shards(self, folder: Path, index: Path) -> None:
         content = json.loads(index.read_text())

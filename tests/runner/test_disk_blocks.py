@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,6 +181,20 @@ def test_a_full_disk_stops_writing_and_leaves_no_half_file(
     assert all(read(store, number) == content_of(number) for number in (0, 1, 2))
     files = [path for path in (tmp_path / FORMAT / MINE.hex()).rglob("*") if path.is_file()]
     assert len(files) == 3
+
+
+@pytest.mark.parametrize("gone", [".", FORMAT, f"{FORMAT}/{MINE.hex()}"])
+def test_a_folder_removed_while_it_is_used(gone: str, open_store: Open, tmp_path: Path) -> None:
+    """Blocks are misses, and those that come are stored or not; no call fails."""
+    store = open_store()
+    save(store, 0, 1)
+    shutil.rmtree(tmp_path / gone)
+    assert read(store, 0) == "missing"
+    stored, failed = save(store, 2, 3)
+    assert sorted(stored + failed) == sorted([name_of(2), name_of(3)])
+    store.remove(name_of(1))
+    if stored:
+        assert read(store, 2) == content_of(2)
 
 
 def test_a_disk_without_room_for_a_folder_is_no_reason_not_to_start(

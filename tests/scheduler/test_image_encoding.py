@@ -199,3 +199,31 @@ def test_encoding_goes_on_beside_prompts_that_never_end() -> None:
         num_encoded += 0.0 if plan.images is None else plan.images.num_encoded
         encoder.measure(plan, 0.04)
     assert num_encoded > 50
+
+
+def whole(start: int, count: int, most: int, *, keeps_whole: bool = True) -> int:
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256, whole_images=keeps_whole)
+    return ImageEncoding(limits).whole(request((b"a", 10, 6), (b"b", 20, 6)), start, count, most)
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "most", "computed"),
+    [
+        (0, 5, 64, 5),
+        (0, 10, 64, 10),  # up to the image
+        (0, 11, 64, 16),  # its first token asks for all
+        (0, 11, 15, 10),  # there is no room for it
+        (10, 3, 5, 0),
+        (10, 3, 6, 6),
+        (12, 1, 4, 4),  # a hit ended inside it
+        (12, 1, 3, 0),
+        (12, 0, 0, 0),
+        (0, 22, 26, 26),
+        (0, 22, 25, 20),  # the first is computed, the second waits
+        (0, 26, 26, 26),
+        (0, 40, 40, 40),
+    ],
+)
+def test_chunks_that_end_inside_no_image(start: int, count: int, most: int, computed: int) -> None:
+    assert whole(start, count, most) == computed
+    assert whole(start, count, most, keeps_whole=False) == count

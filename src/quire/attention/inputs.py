@@ -33,6 +33,8 @@ class AttentionShape:
     lookahead: int = 0
     """Positions after its own that a token sees: 0 in a decoder, `ALL_POSITIONS` in an encoder, half of the window in
     its layers with a window. A sequence's tokens are then computed in one step."""
+    image_tokens: int = 0
+    """Most tokens of an image, where they see each other; 0: a token of an image sees those before it."""
     max_num_seqs: int = 0
     """Sequences in a step. This and the next two limits are for backends whose plans are in fixed buffers."""
     max_num_tokens: int = 0
@@ -64,3 +66,14 @@ class StepArrays(NamedTuple):
     """[B, most blocks of any sequence]"""
     slots: Int32Array
     """[T]: where each new token's KV is stored, block * block_size + offset."""
+    lookaheads: Int32Array | None = None
+    """[B]: positions after its own that the first new token of a sequence sees; where it is above 0, the others see the
+    same keys (`quire.attention.image_runs`). None: no sequence has any."""
+
+    @property
+    def key_ends(self) -> Int32Array:
+        """[B]: the end of the keys that the new tokens of each sequence see."""
+        if self.lookaheads is None:
+            return self.seq_lens
+        ends = self.seq_lens - np.diff(self.query_start_loc) + self.lookaheads + np.int32(1)
+        return np.where(self.lookaheads > 0, ends, self.seq_lens)

@@ -77,7 +77,7 @@ class MergeColumn(IntEnum):
 def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: bool = True) -> CpuAttentionPlan:
     """Plan one step. With `share_prefixes`, leading blocks of several sequences may be read once for all of them. A new
     token's keys are written before the plan runs."""
-    query_start_loc, seq_lens, block_tables, slots = step
+    query_start_loc, seq_lens, block_tables, slots, lookaheads = step
     num_kv_heads, block_size, group = shape.num_kv_heads, shape.block_size, shape.group
     if block_tables.shape[1] * block_size < seq_lens.max(initial=0):
         raise ValueError(
@@ -85,14 +85,17 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
     min_cost_rows = _MIN_COST_ROWS[shape.kv_element_size]
-    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, shape)
+    tiles = _cut_into_tiles(step, group, shape)
     expanded = sequences_to_expand(step, shape)
     if len(expanded):
         tiles = tiles[~np.isin(tiles[:, WorkColumn.SEQUENCE], expanded)]
     sharers = _NO_SHARERS
+    if lookaheads is not None and shape.window > 0:
+        sharers = _begin_windows_of_runs(tiles, step, lookaheads, shape.window)
     if shape.batch_invariant:
-        tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % INVARIANT_ALIGNMENT
-    elif share_prefixes and not shape.lookahead and len(tiles) > 1:
+        for items in (tiles, sharers.items):
+            items[:, WorkColumn.KEY_BEGIN] -= items[:, WorkColumn.KEY_BEGIN] % INVARIANT_ALIGNMENT
+    elif lookaheads is None and share_prefixes and not shape.lookahead and len(tiles) > 1:
         read_rows = _CACHED_ROWS[shape.kv_element_size]
         sharers = _share_prefixes(tiles, step, group, block_size, read_rows)
     work = np.concatenate((tiles, sharers.items))
@@ -101,6 +104,7 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
     cost = keys.astype(np.int64) * np.maximum(rows, min_cost_rows)  # of one head
 
     part_keys = _INVARIANT_PART_KEYS if shape.batch_invariant else None
+    lookahead = np.int32(shape.lookahead) if shape.lookahead else lookaheads
     num_items = shape.num_threads * _ITEMS_PER_THREAD if shape.num_threads > 1 else 1
     share = max(int(cost.sum()) * num_kv_heads // num_items, _MIN_ITEM_KEYS * min_cost_rows)
     heads = np.minimum(share // np.maximum(cost, 1), _TILE_ROWS // np.maximum(rows, 1))
@@ -127,7 +131,7 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
     return CpuAttentionPlan(
         query_start_loc=_tensor(query_start_loc),
         # Kernels count a token's position back from the length and let it see the keys up to there.
-        seq_lens=_tensor(seq_lens + np.int32(shape.lookahead) if shape.lookahead else seq_lens),
+        seq_lens=_tensor(seq_lens if lookahead is None else seq_lens + lookahead),
         block_tables=_tensor(block_tables),
         slots=_tensor(slots),
         work=_tensor(work),
@@ -206,14 +210,17 @@ _NO_SHARERS = _Sharers(
 )
 
 
-def _cut_into_tiles(query_start_loc: Int32Array, seq_lens: Int32Array, group: int, shape: AttentionShape) -> Int32Array:
+def _cut_into_tiles(step: StepArrays, group: int, shape: AttentionShape) -> Int32Array:
     """Runs of new tokens of one sequence, with all heads and all keys that they see."""
+    query_start_loc, seq_lens, lookaheads = step.query_start_loc, step.seq_lens, step.lookaheads
     tile_tokens = max(1, _TILE_ROWS // group)
     sequence, tile = enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
     end = query_start_loc[sequence + 1]
     token_begin = query_start_loc[sequence] + tile * tile_tokens
     tokens = np.minimum(tile_tokens, end - token_begin)
     last_seen = token_begin - end + seq_lens[sequence] + shape.lookahead  # the last key that the first token sees
+    if lookaheads is not None:
+        last_seen += lookaheads[sequence]
 
     work = np.empty((len(sequence), len(WorkColumn)), dtype=np.int32)
     work[:, WorkColumn.SEQUENCE] = sequence
@@ -222,10 +229,30 @@ def _cut_into_tiles(query_start_loc: Int32Array, seq_lens: Int32Array, group: in
     work[:, WorkColumn.HEAD_BEGIN] = 0
     work[:, WorkColumn.NUM_HEADS] = shape.num_kv_heads
     work[:, WorkColumn.KEY_BEGIN] = np.maximum(0, last_seen - shape.window + 1) if shape.window > 0 else 0
-    work[:, WorkColumn.KEY_END] = np.minimum(last_seen + tokens, seq_lens[sequence])
+    work[:, WorkColumn.KEY_END] = np.minimum(last_seen + tokens, step.key_ends[sequence])
     work[:, WorkColumn.PARTIAL_ROW] = -1
     work[:, WorkColumn.SHARED] = 0
     return work
+
+
+def _begin_windows_of_runs(tiles: Int32Array, step: StepArrays, lookaheads: Int32Array, window: int) -> _Sharers:
+    """Items of the keys that not all tokens of a run's tile see, since the window of each begins at another key. The
+    tiles keep the keys that all see.
+
+    A kernel hides keys by one position of a token, from which window and last key follow. In a run's tile it is too
+    late by the look-ahead, which hides no key that all see; in these items it is the token's own.
+    """
+    sequence, tokens = tiles[:, WorkColumn.SEQUENCE], tiles[:, WorkColumn.NUM_TOKENS]
+    position = tiles[:, WorkColumn.TOKEN_BEGIN] - step.query_start_loc[sequence + 1] + step.seq_lens[sequence]
+    begin = np.maximum(0, position - window + 1)
+    seen_by_all = np.maximum(0, position + lookaheads[sequence] + tokens - window)
+    in_run = lookaheads[sequence] > 0
+    tiles[in_run, WorkColumn.KEY_BEGIN] = seen_by_all[in_run]
+    tile = np.flatnonzero(in_run & (begin < seen_by_all))
+    items = tiles[tile]
+    items[:, WorkColumn.KEY_BEGIN], items[:, WorkColumn.KEY_END] = begin[tile], seen_by_all[tile]
+    items[:, WorkColumn.SHARED] = 1
+    return _Sharers(items, tile, np.arange(len(tile)))
 
 
 def _share_prefixes(tiles: Int32Array, step: StepArrays, group: int, block_size: int, read_rows: float) -> _Sharers:

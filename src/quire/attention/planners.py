@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from quire.attention.image_runs import Run, split_at_images
 from quire.attention.inputs import AttentionShape, Int32Array, StepArrays
 from quire.backends import BACKENDS
 from quire.kernels.interface import AttentionPlan, CpuAttentionPlan, Variant
@@ -47,6 +48,7 @@ class GroupPlanner:
 
     def __init__(self, backend: str, shapes: Sequence[AttentionShape]) -> None:
         """`shapes` has one entry for each group."""
+        self._shapes = shapes
         self._planners = [make_planner(backend, shape) for shape in shapes]
         self._alike = [list(shapes).index(shape) for shape in shapes]
         """For each group, the index of the first group with the same shape."""
@@ -58,9 +60,13 @@ class GroupPlanner:
         repeats: bool = False,
         captured_tokens: int = 0,
         variant: Variant = (),
+        images: Sequence[Run] = (),
     ) -> tuple[AttentionPlan, ...]:
-        """The plan of each group; the arguments are those of `Planner`, `variant` that of `variant_of`."""
+        """The plan of each group; the arguments are those of `Planner`, `variant` that of `variant_of`; `images` are
+        the tokens of images in the step."""
         plans: list[AttentionPlan] = []
+        if images and self._shapes[0].image_tokens:
+            steps = [split_at_images(step, images, shape) for step, shape in zip(steps, self._shapes, strict=True)]
         size = len(variant) // len(steps)
         for group, (step, plan_step) in enumerate(zip(steps, self._planners, strict=True)):
             plan = plans[self._alike[group]] if self._alike[group] < group else None

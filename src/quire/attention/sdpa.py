@@ -12,12 +12,13 @@ from quire.kernels.transfer import to_device
 
 def plan_attention(step: StepArrays, shape: AttentionShape) -> SdpaPlan:
     """Plan one step and copy the plan to the device."""
-    query_start_loc, seq_lens, block_tables, slots = step
+    query_start_loc, seq_lens, block_tables, slots, lookaheads = step
     block_size, device = shape.block_size, shape.device
     counts = np.diff(query_start_loc)
     # With a window, only the blocks that a new token sees: the others may be somebody else's by now.
     seen_from = np.maximum(0, seq_lens - counts + shape.lookahead - shape.window + 1) // block_size * (shape.window > 0)
-    num_blocks = -(-seq_lens // block_size) - seen_from
+    key_ends = step.key_ends
+    num_blocks = -(-key_ends // block_size) - seen_from
 
     def on_device(array: NDArray[np.int32]) -> torch.Tensor:
         return to_device(array.astype(np.int32, copy=False), device)
@@ -25,19 +26,22 @@ def plan_attention(step: StepArrays, shape: AttentionShape) -> SdpaPlan:
     def make_run(members: NDArray[np.int64]) -> SequenceRun:
         count, most = int(counts[members[0]]), int(num_blocks[members].max())
         first = seen_from[members, None]
-        lengths = seq_lens[members, None] - first * block_size
+        lengths, ends = (array[members, None] - first * block_size for array in (seq_lens, key_ends))
         queries = lengths - count + np.arange(count) + shape.lookahead  # the last position that each sees
         places = np.minimum(first + np.arange(most), block_tables.shape[1] - 1)
         blocks = np.where(np.arange(most) < num_blocks[members, None], block_tables[members[:, None], places], 0)
         positions = torch.arange(most * block_size, dtype=torch.int32, device=device)
         distance = positions - on_device(queries).unsqueeze(2)
-        if shape.lookahead:  # no later position hides what lies behind a text's end
-            distance = distance.masked_fill(positions >= on_device(lengths).unsqueeze(2), 1)
+        if lookaheads is not None:  # nothing up to its end is hidden from a run, except by a window
+            in_run = on_device(lookaheads[members, None]).unsqueeze(2) > 0
+            distance = torch.where(in_run, distance.clamp(max=0), distance)
+        if shape.lookahead or lookaheads is not None:  # no later position hides what lies behind the end
+            distance = distance.masked_fill(positions >= on_device(ends).unsqueeze(2), 1)
         return SequenceRun(
             tokens=on_device(query_start_loc[members, None] + np.arange(count)).long(),
             blocks=on_device(blocks).long(),
             distance=distance,
-            seq_lens=on_device(lengths).long(),
+            seq_lens=on_device(ends).long(),
         )
 
     return SdpaPlan(

@@ -19,6 +19,7 @@ from quire.engine.memory_refusals import (
     check_packed_form,
     check_parts,
     check_pool,
+    check_whole_images,
     check_whole_texts,
     with_packed_form,
 )
@@ -315,13 +316,14 @@ def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device, lo
         min_batched = max(min_batched, MIN_BATCHED_TOKENS_OF_ENCODER)
     if model.needs_whole_texts:
         min_batched = max(min_batched, longest)
+    least = check_whole_images(config, model)
     return StorageChoice(
         backend=name,
         dtype=dtype,
         quantization=config.quantization,
         kv_cache_dtype=_kv_cache_dtype(config, dtype, BACKENDS[name], device),
         block_size=config.block_size or BACKENDS[name].block_size,
-        max_num_batched_tokens=config.max_num_batched_tokens or max(min_batched, config.max_num_seqs),
+        max_num_batched_tokens=config.max_num_batched_tokens or max(min_batched, least),
     )
 
 

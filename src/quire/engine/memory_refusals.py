@@ -132,6 +132,20 @@ def check_context(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
+def check_whole_images(config: EngineConfig, model: ModelConfig) -> int:
+    """The least tokens of a step in which all sequences decode and an image is computed whole, where a model asks for
+    that. Refuses a smaller `max_num_batched_tokens`."""
+    num_tokens = model.tokens_of_whole_images if config.max_images else 0
+    least, budget = config.max_num_seqs + num_tokens, config.max_num_batched_tokens
+    if num_tokens and budget is not None and budget < least:
+        raise ConfigError(
+            f"max_num_batched_tokens is {budget}, but this model computes the {num_tokens} tokens of an image in one "
+            f"step, beside {config.max_num_seqs} sequences (max_num_seqs); ask for at least {least}, or set max_images "
+            "to 0"
+        )
+    return least
+
+
 MAX_WHOLE_TEXT = 8192
 """The longest text, unless more is asked for, of a model that computes a text in one step: activations grow with it."""
 

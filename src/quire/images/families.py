@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from quire.images.gemma3 import Gemma3
 from quire.images.idefics3 import Idefics3
 from quire.images.layout import ImageFamily
 from quire.images.llava import Llava, LlavaNext
@@ -12,6 +13,7 @@ FAMILIES: dict[str, Callable[[VisionConfig], ImageFamily]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "idefics3": Idefics3,
+    "gemma3": Gemma3,
     "qwen2_vl": Qwen25VL,
     "qwen2_5_vl": Qwen25VL,
 }

@@ -27,5 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "mish": functional.mish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "linear": lambda x: x,
     "relu2": lambda x: functional.relu(x).square(),
 }

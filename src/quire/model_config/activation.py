@@ -16,7 +16,11 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 """config.json's name → ours."""
+DENSE_ACTIVATIONS = {**ACTIVATIONS, **{name: name for name in ("quick_gelu", "mish", "tanh", "sigmoid", "linear")}}
+"""Those that no kernel of experts computes are among them."""
 
 
-def read_activation(config: ConfigJson) -> str:
-    return ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")]
+def read_activation(config: ConfigJson, *, has_experts: bool) -> str:
+    """The activation of the MLPs. Raises `CheckpointError` for one that is not supported."""
+    known = ACTIVATIONS if has_experts else DENSE_ACTIVATIONS
+    return known[config.choice("hidden_act", tuple(known), "silu")]

@@ -195,7 +195,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={"attn_logit_softcapping": False},
     ),
     "Gemma3ForConditionalGeneration": Architecture(
-        model="quire.models.gemma3:Gemma3Text",
+        model="quire.models.gemma3:Gemma3",
+        vision="gemma3",
         reads=_GEMMA3_READS,
         constants={"use_sliding_window": True},
         names={"hidden_act": "hidden_activation"},

@@ -33,6 +33,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
     windows = read_layer_windows(config, num_layers)
     unrotated = bool(alibi_slopes) or config.flag("learned_positions")
     rope_head_dim = head_dim if latent is None else latent.rope_dim
+    experts = read_experts(config, num_layers, intermediate_size)
     ropes = (None, ()) if unrotated else read_ropes(config, max_position, rope_head_dim, windows)
     return dict(
         architecture=config.architecture,
@@ -45,7 +46,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         head_dim=head_dim,
         max_position_embeddings=max_position,
         **read_norms(config),
-        activation=read_activation(config),
+        activation=read_activation(config, has_experts=bool(experts)),
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
@@ -53,7 +54,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         mlp_down_bias=config.flag("mlp_down_bias"),
         is_encoder=config.flag("is_encoder"),
         num_token_types=config.integer("num_token_types", 0, minimum=0),
-        **read_experts(config, num_layers, intermediate_size),
+        **experts,
         latent=latent,
         **read_recurrent(config, num_layers, hidden_size),
         attention_gate=config.flag("attention_gate"),
@@ -89,6 +90,10 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
     )
 
 
+_DTYPE_ALIASES = {"half": "float16", "float": "float32", "double": "float32", "float64": "float32"}
+"""Other names that torch has; nothing is computed in 64 bits."""
+
+
 def _checkpoint_dtype(config: ConfigJson) -> str:
     """`dtype` or, as older files spell it, `torch_dtype`: bfloat16, or torch.bfloat16. auto says as much as nothing."""
     key = "dtype" if config.value("dtype") else "torch_dtype"
@@ -96,6 +101,7 @@ def _checkpoint_dtype(config: ConfigJson) -> str:
     if value in (None, "auto"):
         return "float32"
     name = value.removeprefix("torch.") if isinstance(value, str) else value
+    name = _DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in DTYPE_BYTES:
         raise config.refusal(key, value, ", ".join(DTYPE_BYTES))
     return name

@@ -82,7 +82,7 @@ def generic_fields(path: Path, whole: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Sizes:
-    """Reads sizes under their spellings."""
+    """Reads sizes under their spellings. Of a list, which names a size for each layer, the largest counts."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self._path, self._values = path, values
@@ -92,6 +92,8 @@ class _Sizes:
         key = next((key for key in keys if self._values.get(key) is not None), keys[0])
         value = self._values.get(key)
         value = default if value is None else value
+        if isinstance(value, list) and value and all(type(size) is int and size > 0 for size in value):
+            value = max(value)
         if type(value) is not int or not (0 if default == 0 else 1) <= value <= most:
             shown = "missing" if value is None else json.dumps(value)[:200]
             raise CheckpointError(

@@ -303,8 +303,17 @@ class ModelConfig:
     @property
     def attention_needs(self) -> tuple[str, ...]:
         """Kinds of attention that not every backend computes."""
-        sinks = ("attention sinks",) if self.attention_sinks else ()
-        return (*sinks, "latent attention") if self.latent is not None else sinks
+        found = {
+            "attention sinks": self.attention_sinks,
+            "latent attention": self.latent is not None,
+            "images seen from both sides": self.tokens_of_whole_images > 0,
+        }
+        return tuple(kind for kind, has in found.items() if has)
+
+    @property
+    def tokens_of_whole_images(self) -> int:
+        """Tokens of an image, where they see each other and are computed in one step; 0: they see those before them."""
+        return 0 if self.vision is None else self.vision.whole_image_tokens
 
     @property
     def rope_head_dim(self) -> int:

@@ -1,5 +1,6 @@
 """VisionConfig: the image encoder of a model that reads images, as data."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,8 @@ class VisionConfig:
     full_attention_layers: frozenset[int] = frozenset()
     """Layers whose attention has no window."""
     gated_mlp: bool = False
+    whole_image_tokens: int = 0
+    """Tokens of an image, where each sees all of them (Gemma 3); 0: each sees those before it."""
 
     def has_window(self, layer: int) -> bool:
         """Whether a layer attends within windows."""
@@ -89,6 +92,8 @@ class VisionConfig:
         match self.family:
             case "idefics3":
                 return [("projector", width, merged)]
+            case "gemma3":
+                return [("projector", width, self.hidden_size)]
             case "qwen2_vl" | "qwen2_5_vl":
                 return [("merger", merged, merged), ("projector", width, merged)]
         return [("linear_1", width, self.hidden_size * len(self.feature_layers)), ("linear_2", width, width)]
@@ -255,6 +260,35 @@ def _read_idefics3(config: ConfigJson, family: str, hidden_size: int) -> VisionC
     )
 
 
+def _read_gemma3(config: ConfigJson, family: str, hidden_size: int) -> VisionConfig | None:
+    """None for a file that describes no encoder: its model reads text only."""
+    if config.value("vision_config") is None:
+        return None
+    defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    fields = _tower(config, family, hidden_size, {**defaults, "image_size": 224, "patch_size": 16, "num_channels": 3})
+    side, num_tokens = fields["image_size"] // fields["patch_size"], config.integer("mm_tokens_per_image", 256)
+    tokens_per_side = math.isqrt(num_tokens)
+    if tokens_per_side**2 != num_tokens or side % tokens_per_side:
+        raise config.refusal("mm_tokens_per_image", num_tokens, f"the square of a divisor of the {side} patches a side")
+    window = config.value("sliding_window")
+    if isinstance(window, int) and window < num_tokens:
+        raise config.refusal(
+            "sliding_window", window, f"at least the {num_tokens} tokens of an image, which see each other"
+        )
+    edge = fields["image_size"]
+    processing = {"size": {"height": edge, "width": edge}, "resample": 2, "image_mean": HALF, "image_std": HALF}
+    return VisionConfig(
+        **fields,
+        image_token_id=config.integer(
+            "image_token_index", config.integer("image_token_id", 262144, minimum=0), minimum=0
+        ),
+        marker_token_id=config.integer("boi_token_index", config.integer("boi_token_id", 255999, minimum=0), minimum=0),
+        processing=_checked(config, edge, read_processing(config.path.parent, processing)),
+        merge=side // tokens_per_side,
+        whole_image_tokens=num_tokens,
+    )
+
+
 _QWEN: dict[str, int] = {
     "hidden_size": 3584,
     "depth": 32,
@@ -339,10 +373,11 @@ def _qwen(
     )
 
 
-_READERS: dict[str, Callable[[ConfigJson, str, int], VisionConfig]] = {
+_READERS: dict[str, Callable[[ConfigJson, str, int], VisionConfig | None]] = {
     "llava": _read_llava,
     "llava_next": _read_llava,
     "idefics3": _read_idefics3,
+    "gemma3": _read_gemma3,
     "qwen2_vl": _read_qwen2,
     "qwen2_5_vl": _read_qwen2_5,
 }

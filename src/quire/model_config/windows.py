@@ -11,9 +11,10 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     `max_window_layers` on (Qwen), or every other layer before it (Qwen2-MoE).
     """
     if config.value("sliding_window") is None:
+        _check_unwindowed(config, num_layers, "there is no sliding_window")
         return (0,) * num_layers
     if not config.flag("use_sliding_window"):
-        _check_unwindowed(config, num_layers)
+        _check_unwindowed(config, num_layers, "use_sliding_window is false")
         return (0,) * num_layers
     window = config.integer("sliding_window")
     if config.flag("is_encoder"):
@@ -43,13 +44,13 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
 
 
-def _check_unwindowed(config: ConfigJson, num_layers: int) -> None:
+def _check_unwindowed(config: ConfigJson, num_layers: int, reason: str) -> None:
     """Refuse layers with a window where config.json turns windows off, and kinds of layers that are not known."""
     layer_types = config.value("layer_types")
     if layer_types is None or config.value("recurrent_kind") is not None:
         return
     if layer_types != ["full_attention"] * num_layers:
-        supported = f"{num_layers} times full_attention where use_sliding_window is false"
+        supported = f"{num_layers} times full_attention where {reason}"
         raise config.refusal("layer_types", layer_types, supported)
 
 

@@ -13,12 +13,8 @@ class GPTNeoX(Llama):
     """Published checkpoints and those that transformers writes name the head `embed_out`."""
 
     names = DecoderNames("gpt_neox", "embed_in", "layers", "final_layer_norm", ("embed_out", "lm_head"))
-    # Causal masks and rotary frequencies of old checkpoints; the head may be stored although it is tied.
-    ignored_tensors = (
-        r"\.attention\.(masked_)?bias$",
-        r"\.rotary_emb\.inv_freq$",
-        r"^(embed_out|lm_head)\.weight$",
-    )
+    # Causal masks of old checkpoints; the head may be stored although it is tied.
+    ignored_tensors = (r"\.attention\.bias$", r"^(embed_out|lm_head)\.weight$")
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         return DecoderLayer(

@@ -12,7 +12,7 @@ class InternLM2(Llama):
     """`wqkv` holds the queries of a KV head, then its key and its value; `w1`, `w3` and `w2` are gate, up and down."""
 
     names = DecoderNames(embedding="tok_embeddings", heads=("output",))
-    ignored_tensors = (r"\.rotary_emb\.inv_freq$", r"^output\.weight$")
+    ignored_tensors = (r"^output\.weight$",)
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         return DecoderLayer(

@@ -45,8 +45,7 @@ class Llama(Decoder):
 
     names = DecoderNames()
 
-    # Old checkpoints store the rotary frequencies; some store the head although it is tied.
-    ignored_tensors: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
+    ignored_tensors: tuple[str, ...] = (r"^lm_head\.weight$",)  # some store the head although it is tied
 
     def __init__(
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int

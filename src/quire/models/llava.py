@@ -15,7 +15,7 @@ class Llava(Llama):
         *Llama.ignored_tensors,
         r"^language_model\.lm_head\.weight$",
         # Layers after the last feature, and what follows them.
-        r"^(model\.)?vision_tower\..*(encoder\.layers\.\d+\.|post_layernorm\.|embeddings\.position_ids$)",
+        r"^(model\.)?vision_tower\..*(encoder\.layers\.\d+\.|post_layernorm\.)",
     )
 
     def __init__(

@@ -8,7 +8,6 @@ class Mistral3Text(Llama):
 
     names = DecoderNames("language_model.model", heads=("language_model.lm_head",))
     ignored_tensors = (
-        r"\.rotary_emb\.inv_freq$",
         r"^language_model\.lm_head\.weight$",
         r"^vision_tower\.",
         r"^multi_modal_projector\.",

@@ -50,6 +50,11 @@ class Model(Protocol):
         ...
 
 
+BUFFERS = r"(^|\.)(rotary_emb\.\w+|rope\.freqs|masked_bias|position_ids|_extra_state)$"
+"""Names of what modules keep beside their weights and checkpoints of older years hold: tables that follow from the
+config, masks, positions."""
+
+
 def load_model(
     config: ModelConfig,
     source: TensorSource,
@@ -79,7 +84,7 @@ def load_model(
         packing = source.packing_for(dtype)
     weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters, shards=shards)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
-    ignored = model.ignored_tensors
+    ignored = (*model.ignored_tensors, BUFFERS)
     if pipe is not None:
         assert isinstance(model, Decoder), "only decoders are cut into stages"
         model.pipe = pipe

@@ -98,12 +98,15 @@ class SafetensorsWeights:
         any(file.release_tensor(tensor) for file in self._files.values())
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Raise `CheckpointError` if tensors were never taken, unless a pattern of `ignored` matches their names."""
+        """Raise `CheckpointError` if tensors were never taken, unless they have no elements or a pattern of `ignored`
+        matches their names."""
         patterns = [re.compile(pattern) for pattern in ignored]
         left = [
             name
-            for name in self._entries
-            if name not in self._taken and not any(pattern.search(name) for pattern in patterns)
+            for name, entry in self._entries.items()
+            if name not in self._taken
+            and 0 not in entry.shape
+            and not any(pattern.search(name) for pattern in patterns)
         ]
         if left:
             raise CheckpointError(
@@ -148,7 +151,7 @@ def _indexed_entries(folder: Path, index: Path) -> dict[str, Entry]:
     shards: dict[str, dict[str, Entry]] = {}
     for name in sorted(set(names)):
         file = folder / name
-        if Path(name).name != name:
+        if str(Path(name)) != Path(name).name:  # "./" before it says nothing
             raise CheckpointError(f"{index}: {name} is not the name of a file beside it")
         if not is_file(file):
             raise CheckpointError(f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint")

@@ -206,7 +206,9 @@ class ModelRunner:
         columns = sampler.begin(step)
         self._copy_blocks(plan)
         size = 0 if self._graphs is None or has_adapters else self._captured_size(self._graphs, step)
-        attention = self._plan_attention(step.attention_arrays, captured_tokens=size, repeats=step.repeats)
+        attention = self._plan_attention(
+            step.attention_arrays, captured_tokens=size, repeats=step.repeats, images=step.image_runs
+        )
         outcome = sampler.outcome(columns)
         finishes: list[Finish] = []
         if (

@@ -36,7 +36,10 @@ class OutputSelection:
 def select_outputs(
     plan: StepPlan, sampling: SamplingMetadata, batch: InputBatch, *, pools_all_tokens: bool = False
 ) -> OutputSelection | None:
-    """None if too few tokens could be left out to be worth it."""
+    """None if too few tokens could be left out to be worth it, or tokens of images may be among those that are read: a
+    plan of their own would not know which keys these see."""
+    if plan.prompt_logprobs and plan.images is not None:
+        return None
     begin, end = batch.query_start_loc[:-1], batch.query_start_loc[1:]
     if len(batch.input_ids) - len(plan.sample_indices) < _MIN_UNUSED:
         return None

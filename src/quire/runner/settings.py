@@ -53,6 +53,7 @@ def attention_shapes(settings: RunnerSettings, model_config: ModelConfig, kv_cac
         num_threads=settings.num_threads,
         kv_element_size=kv_cache.element_size,
         batch_invariant=settings.batch_invariant,
+        image_tokens=model_config.tokens_of_whole_images,
         device=kv_cache.device,
     )
     windows = [group.window for group in kv_cache.groups]

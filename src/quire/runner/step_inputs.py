@@ -46,6 +46,12 @@ class StepInputs:
             for table, slots in zip(batch.block_tables, batch.slots, strict=True)
         ]
 
+    @property
+    def image_runs(self) -> list[tuple[int, int]]:
+        """The tokens of images: the first of each run, and how many they are."""
+        images = self.plan.images
+        return [] if images is None else [(placed.first_token, placed.num_rows) for placed in images.placed]
+
     def selected_arrays(self, selection: OutputSelection, group: int) -> StepArrays:
         """The same of the selected tokens alone, for the attention of the last layer, which is in KV group `group`."""
         batch, sequences = self.batch, selection.sequences

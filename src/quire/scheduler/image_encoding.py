@@ -20,6 +20,8 @@ class ImageEncoding:
     """Owned by the scheduler."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
+        self.keeps_whole = limits.whole_images
+        """The tokens of an image see each other, so they are computed in one step."""
         self._max_kept_tokens = limits.max_kept_image_tokens
         self._budget = EncodingBudget(limits)
         self._kept: OrderedDict[bytes, int] = OrderedDict()
@@ -33,6 +35,15 @@ class ImageEncoding:
         """Encoded by a step that was rolled back."""
         self.num_encoded = 0
         """Images encoded so far."""
+
+    def whole(self, request: Request, start: int, count: int, most: int) -> int:
+        """How many tokens from token `start` on to compute in place of `count`, so that they end inside no image: up to
+        the end of the image that `count` tokens would cut, if that is at most `most` tokens; else up to its begin."""
+        end = start + count
+        for span in request.inputs if self.keeps_whole else ():
+            if span.offset < end < _end(span):
+                return _end(span) - start if _end(span) - start <= most else max(0, span.offset - start)
+        return count
 
     def reach(self, plan: StepPlan, request: Request, start: int, count: int) -> int:
         """How many of the `count` tokens from token `start` on can be computed in this step.

@@ -23,5 +23,7 @@ class SchedulerLimits:
     """Share of a client's time to its first token by which one step of the background may delay it."""
     max_kept_image_tokens: int = 0
     """Tokens of images whose embeddings the runner keeps; 0: the model reads no images."""
+    whole_images: bool = False
+    """The tokens of an image are computed in one step."""
     max_step_image_tokens: int = 0
     """Tokens of images that a step encodes beside other work; a larger image takes several steps."""

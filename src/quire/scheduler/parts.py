@@ -112,9 +112,7 @@ def make_parts(
         results=ResultProcessor(pool, queues, lookup, offload, prefixes, totals),
         admission=admission,
         images=images,
-        planner=StepPlanner(
-            pool, queues, admission, offload, drafting, images, pace, tenant_pace, whole_prompts=limits.whole_prompts
-        ),
+        planner=StepPlanner(pool, queues, admission, offload, drafting, images, pace, tenant_pace, limits=limits),
         pace=pace,
         tenant_pace=tenant_pace,
         look_ahead=LookAhead(pool, queues),

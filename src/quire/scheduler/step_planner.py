@@ -25,6 +25,7 @@ from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.decode_batch import DecodeStep
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.image_encoding import ImageEncoding
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import Sequence, SequenceGroup
 from quire.scheduler.tenant_pace import PromptBudget, TenantPace
@@ -45,12 +46,12 @@ class StepPlanner:
         pace: BackgroundPace,
         tenant_pace: TenantPace,
         *,
-        whole_prompts: bool = False,
+        limits: SchedulerLimits,
     ) -> None:
-        """`whole_prompts`: a prompt is computed in one step."""
+        self._max_step_tokens = limits.max_num_batched_tokens
         self._pace = pace
         self._tenant_pace = tenant_pace
-        self._whole_prompts = whole_prompts
+        self._whole_prompts = limits.whole_prompts
         self._pool = pool
         self._queues = queues
         self._admission = admission
@@ -210,8 +211,15 @@ class StepPlanner:
         """Share the rest of the budget among sequences that lack more than their last token."""
         wants = [sequence.num_missing_tokens for sequence in prefilling]
         shares = whole_shares(budget, wants) if self._whole_prompts else equal_shares(budget, wants)
+        num_before = plan.num_tokens
         for sequence, share in zip(prefilling, shares, strict=True):
             count = min(share, _num_computable(sequence))
+            if self._images.keeps_whole:
+                # The first may exceed the budget for its image, since budgets may be smaller than any image.
+                is_first = plan.num_tokens == num_before
+                most = (self._max_step_tokens if is_first else num_before + budget) - plan.num_tokens
+                most, start = min(most, _num_computable(sequence)), sequence.num_computed_tokens
+                count = self._images.whole(sequence.group.request, start, min(count, max(most, 0)), most)
             if count > 0 and (count == sequence.num_missing_tokens or not self._whole_prompts):
                 count = self._images.reach(plan, sequence.group.request, sequence.num_computed_tokens, count)
             if count > 0 and (count == sequence.num_missing_tokens or not self._whole_prompts):

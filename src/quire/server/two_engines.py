@@ -38,7 +38,7 @@ class TwoEngines(FirstEngine):
 
     @property
     def advances(self) -> bool:
-        return self._first.advances
+        return self._first.advances and self.state != "loading"
 
     @property
     def outage(self) -> EngineUnavailableError | None:

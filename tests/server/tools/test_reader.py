@@ -132,6 +132,11 @@ def test_tools_are_read_only_where_the_client_gave_some() -> None:
     assert content(read_pieces(reader("hermes", use=None), text)) == (text, "", [])
 
 
+def test_a_name_written_twice_is_that_of_a_tool_only() -> None:
+    text = '<tool_call>{"name": "now.now"}</tool_call><tool_call>{"name": "later.later"}</tool_call>'
+    assert content(read_pieces(reader("hermes"), text)) == ("", "", [("now", "{}"), ("later.later", "{}")])
+
+
 def test_calls_are_not_parallel_where_the_client_wants_one() -> None:
     text = 'a <tool_call>{"name": "now"}</tool_call><tool_call>{"name": "weather"}</tool_call> b'
     assert content(read_pieces(reader("hermes", use=use(parallel=False)), text)) == ("a b", "", [("now", "{}")])

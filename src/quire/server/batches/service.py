@@ -114,11 +114,12 @@ class BatchService:
         """Bytes that further uploads may take."""
         return max(0, self._settings.batch_dir_size - await self._stored(self._store.total_bytes))
 
-    async def file(self, file_id: str, client: Client) -> FileObject:
-        """Raises `Refusal` (404) if the client has no such file, or its time is over."""
+    async def file(self, file_id: str, client: Client, *, named: str = "file_id") -> FileObject:
+        """Raises `Refusal` (404) if the client has no such file, or its time is over; `named` is the client's
+        field."""
         file = await self._stored(self._store.file, file_id, client.account)
         if file is None or (file.expires_at is not None and file.expires_at <= self._now()):
-            raise Refusal(404, f"there is no file {file_id[:100]!r}", code="file_not_found", param="file_id")
+            raise Refusal(404, f"there is no file {file_id[:100]!r}", code="file_not_found", param=named)
         return file
 
     async def files(
@@ -153,7 +154,7 @@ class BatchService:
                 code="invalid_endpoint",
                 param="endpoint",
             )
-        file = await self.file(request.input_file_id, client)
+        file = await self.file(request.input_file_id, client, named="input_file_id")
         if file.purpose != "batch":
             raise Refusal(
                 400,

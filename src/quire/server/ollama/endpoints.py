@@ -1,5 +1,6 @@
 """/api/chat, /api/generate and /api/embed: Ollama's chat, completions and embeddings."""
 
+import re
 import time
 from typing import Any
 
@@ -28,6 +29,9 @@ from quire.server.ollama.renderer import ERRORS, NDJSON, LineRenderer
 from quire.server.params import check_absent
 from quire.server.scheduling_info import checked_priority
 from quire.server.tools.events import PlainReader
+
+_DURATION = re.compile(r"|-?\d+(\.\d*)?|-?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+")
+"""Nothing, plain seconds, or a duration as Go writes it, the language of Ollama."""
 
 
 async def chat(context: RequestContext) -> None:
@@ -61,6 +65,7 @@ async def embed_one(context: RequestContext) -> None:
 
 async def _generate(context: RequestContext, request: GenerationFields) -> None:
     context.check_generates()
+    _check_keep_alive(request.keep_alive)
     request.model, name = checked_model(context, request.model), request.model
     with_logprobs = bool(request.logprobs or request.top_logprobs)
     form = LogprobFormat(context.tokenizer(), as_token_ids=False, num_top=request.top_logprobs or 0)
@@ -71,6 +76,15 @@ async def _generate(context: RequestContext, request: GenerationFields) -> None:
     with naming(SENT_NAMES):
         turn = (await _turn(context, request)).named(SENT_NAMES)
     await Answer(turn.generation, renderer, reader=turn.reader).send(context, stream=request.stream is not False)
+
+
+def _check_keep_alive(value: float | str | None) -> None:
+    """Raise `RequestError` for a text that is no duration."""
+    if isinstance(value, str) and not _DURATION.fullmatch(value):
+        raise RequestError(
+            f"keep_alive is {value[:50]!r}; it is seconds as a number, or a duration such as 5m or 1h30m",
+            param="keep_alive",
+        )
 
 
 async def _turn(context: RequestContext, request: GenerationFields) -> ChatTurn:

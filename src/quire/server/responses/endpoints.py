@@ -19,6 +19,7 @@ from quire.server.params import check_absent
 from quire.server.protocol import ChatCompletionRequest
 from quire.server.query import read_ascending, read_whole_number
 from quire.server.responses.items import (
+    INCLUDES,
     SENT_NAMES,
     WITH_LOGPROBS,
     Item,
@@ -63,6 +64,7 @@ async def create_response(context: RequestContext) -> None:
     check_absent(request, _REFUSED)
     if request.background and request.store is False:
         raise RequestError("background needs store to be true: the reply is the stored response", param="background")
+    _warn_of_includes(context, request)
     store, account = context.services.responses, context.client.account
     items, chat = await _read(context, request)
     with naming(SENT_NAMES):
@@ -275,6 +277,11 @@ def _blank(context: RequestContext, request: ResponsesRequest, model: str, turn:
         truncation=request.truncation or "disabled",
         user=request.user,
     )
+
+
+def _warn_of_includes(context: RequestContext, request: ResponsesRequest) -> None:
+    unknown = [name for name in dict.fromkeys(request.include or ()) if name not in INCLUDES]
+    context.warn(*(f"include holds {name[:64]!a}, which is ignored" for name in unknown[:8]))
 
 
 def _logprobs(context: RequestContext, request: ResponsesRequest) -> LogprobFormat | None:

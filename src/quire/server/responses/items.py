@@ -26,6 +26,13 @@ SENT_NAMES = {
 }
 """Names of a chat's fields → where this endpoint's clients send them."""
 WITH_LOGPROBS = "message.output_text.logprobs"
+INCLUDES = {
+    WITH_LOGPROBS,
+    *("code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results"),
+    *("message.input_image.image_url", "reasoning.encrypted_content"),
+    *("web_search_call.action.sources", "web_search_call.results"),
+}
+"""Values of `include` that OpenAI knows. Most add parts of hosted tools' calls, which there are none of here."""
 _HOSTED = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp", "tool_search")
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 _NEEDED = {

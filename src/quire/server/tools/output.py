@@ -112,8 +112,8 @@ class Output:
         """A call begins; returns the tool. Raises `NotACallError` for a name that cannot be a tool's."""
         tool = self._use.find(name) if self._use is not None else None
         space, _, member = name.partition(".")
-        if tool is None and space == member and self._use is not None:  # a name without a space, written as both
-            tool, name = self._use.find(space), space
+        if tool is None and space == member and self._use is not None and (tool := self._use.find(space)):
+            name = space  # the model took a name without a namespace for both
         if not _NAME.fullmatch(name) or (tool is None and (known_only or self.known_only)):
             raise NotACallError
         self._muted = self._num_calls > 0 and self._use is not None and not self._use.parallel

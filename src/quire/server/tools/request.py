@@ -49,8 +49,9 @@ def read_tools(tools: Sequence[Any] | None, choice: Any, *, parallel: bool | Non
     """
     if not tools:
         if choice not in (None, "none"):
+            shown = f"is {brief(choice)}" if isinstance(choice, str) else "names a tool"
             raise RequestError(
-                f"tool_choice is {brief(choice)} and there are no tools; give tools, or leave it out",
+                f"tool_choice {shown} and there are no tools; give tools, or leave it out",
                 param="tool_choice",
             )
         return None
