@@ -89,7 +89,7 @@ def vllm(model: Path, threads: int) -> Callable[[TokenIds], Any]:
     """One process, so that its CPU seconds are all there are."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import numpy as np
-    from vllm import LLM  # type: ignore[import-not-found]
+    from vllm import LLM
 
     llm = LLM(model=str(model), runner="pooling", dtype="float32")
 

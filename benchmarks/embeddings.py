@@ -76,10 +76,7 @@ def start_peer(name: str, arguments: argparse.Namespace) -> Embed:
     python, environment = arguments.python, dict(os.environ)
     if name == "vllm":
         python = arguments.vllm or arguments.python
-        environment |= vllm_environment(Path(python), os.sched_getaffinity(0))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(
-            map(str, sorted(os.sched_getaffinity(0))[: arguments.threads])
-        )
+        environment |= vllm_environment(Path(python), sorted(os.sched_getaffinity(0))[: arguments.threads])
     command = [python, str(script), name, str(arguments.model), str(arguments.threads)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None

@@ -106,9 +106,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def layer_norm(residual: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    out = torch.empty_like(residual)
-    x, total = (residual, None) if update is None else (update, residual.flatten(0, -2))
-    _cpu.layer_norm(x.flatten(0, -2), total, weight, bias, eps, out.flatten(0, -2))
+    if residual.dim() > 2:
+        flat = None if update is None else update.flatten(0, -2)
+        return layer_norm(residual.flatten(0, -2), flat, weight, bias, eps).view(residual.shape)
+    out = torch.empty(residual.shape)
+    x, total = (residual, None) if update is None else (update, residual)
+    _cpu.layer_norm(x, total, weight, bias, eps, out)
     return out
 
 

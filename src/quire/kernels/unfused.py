@@ -1,5 +1,4 @@
-"""`layer_norm`, `rms_norm_linear`, `glu_linear` and `activation_linear` for kernel modules that compute one operation
-after the other."""
+"""`layer_norm`, and operations before a dense layer, for kernel modules that compute one operation after the other."""
 
 from collections.abc import Callable
 from typing import Protocol
