@@ -61,11 +61,11 @@ def until(page: Any, condition: Callable[[], bool]) -> None:
         page.wait_for_timeout(30)
 
 
-def picture(page: Any, name: str) -> None:
+def picture(page: Any, name: str, height: int = 620) -> None:
     """Write a picture for the docs, where that is asked for."""
     if folder := os.environ.get("QUIRE_SCREENSHOTS"):
         path = Path(folder) / name
-        page.set_viewport_size({"width": 900, "height": 620})
+        page.set_viewport_size({"width": 900, "height": height})
         page.wait_for_timeout(300)
         page.screenshot(path=path)
         assert path.stat().st_size <= MAX_PICTURE_BYTES, name
@@ -332,7 +332,7 @@ def test_the_map_shows_the_sharing_of_four_answers(llm: RunningServer, open_page
         page.click("tbody button")
         until(page, lambda: "Block table of sample 3" in page.inner_text(".detail"))
         assert "yonder" in page.inner_text(".detail .tokens")
-        picture(page, "page-memory.png")
+        picture(page, "page-memory.png", height=1000)
         page.locator(".detail .table button").first.click()
         until(page, lambda: page.inner_text(".detail h2").startswith("Block"))
         assert page.locator(".detail li").count() == 4
