@@ -100,12 +100,8 @@ def vllm_server(name: str, peers: Path, folder: Path, num_streams: int, port: in
     flags = ["--served-model-name", MODEL, "--port", str(port), "--max-num-seqs", str(num_streams)]
     flags += ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
-    environment = {
-        **os.environ,
-        **vllm_environment(python, os.sched_getaffinity(0)),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-    }
+    environment = {**os.environ, **vllm_environment(python, os.sched_getaffinity(0)), "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         _wait_for(process, r"(Application startup) complete", "Application startup complete")
