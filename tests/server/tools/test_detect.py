@@ -1,5 +1,6 @@
 """Rows found by name, and by the texts of a chat template."""
 
+import json
 import re
 
 import pytest
@@ -131,6 +132,17 @@ def suffixed(template: str, suffix: str) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_file(str(bundled_folder() / "tokenizer.json"))
     backend.add_special_tokens([f"<{tag}{suffix}>" for tag in re.findall("<(/?[a-z_]+)>", template)])
     return Tokenizer(backend, {})
+
+
+def test_hf_prefers_the_response_template_of_the_tokenizer() -> None:
+    marks = {"open": "<ponder>", "close": "</ponder>"}
+    calls = {"open": "<invoke>", "close": "</invoke>", "content": "json"}
+    response_template = json.dumps({"fields": {"thinking": marks, "tool_calls": calls}})
+    found = [find_format("<tool_call><think>", None, name, name, response_template) for name in ("auto", "hf")]
+    assert [(form.tools.names[0], form.thinking.names[0]) for form in found if form.tools and form.thinking] == [
+        ("hermes", "deepseek_r1"),
+        ("hf", "hf"),
+    ]
 
 
 def test_names_are_checked_at_start() -> None:

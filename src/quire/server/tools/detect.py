@@ -55,14 +55,14 @@ def find_format(
         added = () if tokenizer is None else tokenizer.added_tokens.values()
         shown = "\n".join((shown, *added)).replace(f"{suffix}>", ">")
     if tool_call_parser in (AUTO, HF):
-        tools = _found(tool_call_parser, _matching(shown, TOOL_FORMATS), tools_of(response_template))
+        tools = _matching(shown, TOOL_FORMATS) or tools_of(response_template)
+        if tool_call_parser == HF:
+            tools = tools_of(response_template) or tools
     if reasoning_parser in (AUTO, HF):
-        thinking = _found(reasoning_parser, _matching(shown, _REASONING), thinking_of(response_template))
+        thinking = _matching(shown, _REASONING) or thinking_of(response_template)
+        if reasoning_parser == HF:
+            thinking = thinking_of(response_template) or thinking
     return ReplyFormat(with_suffix(tools or PLAIN_JSON, suffix), with_suffix(thinking, suffix), tokenizer)
-
-
-def _found(name: str, of_table: Row | None, of_template: Row | None) -> Row | None:
-    return of_template or of_table if name == HF else of_table or of_template
 
 
 def _named(name: str, rows: tuple[Row, ...], option: str) -> Row | None:
