@@ -18,7 +18,7 @@ Run = tuple[int, int]
 def split_at_images(step: StepArrays, runs: Sequence[Run], shape: AttentionShape) -> StepArrays:
     """The step with its runs as sequences, and what lies between them.
 
-    A run is cut into sequences of which each has keys that all its tokens see: with a window, those of the last token.
+    With a window a run is cut into sequences so short that some keys are seen by all tokens of one.
     In a batch-invariant plan each token is one, since what its run begins with depends on the chunk.
     """
     most = ALL_POSITIONS if shape.window == 0 else max(1, shape.window - shape.image_tokens)

@@ -17,10 +17,10 @@ ACTIVATIONS = {
 }
 """config.json's name → ours."""
 DENSE_ACTIVATIONS = {**ACTIVATIONS, **{name: name for name in ("quick_gelu", "mish", "tanh", "sigmoid", "linear")}}
-"""Those that no kernel of experts computes are among them."""
+"""All names, with those that no kernel of experts computes."""
 
 
-def read_activation(config: ConfigJson, *, has_experts: bool) -> str:
+def read_activation(config: ConfigJson) -> str:
     """The activation of the MLPs. Raises `CheckpointError` for one that is not supported."""
-    known = ACTIVATIONS if has_experts else DENSE_ACTIVATIONS
+    known = ACTIVATIONS if config.value("num_experts") else DENSE_ACTIVATIONS
     return known[config.choice("hidden_act", tuple(known), "silu")]

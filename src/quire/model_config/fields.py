@@ -33,7 +33,6 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
     windows = read_layer_windows(config, num_layers)
     unrotated = bool(alibi_slopes) or config.flag("learned_positions")
     rope_head_dim = head_dim if latent is None else latent.rope_dim
-    experts = read_experts(config, num_layers, intermediate_size)
     ropes = (None, ()) if unrotated else read_ropes(config, max_position, rope_head_dim, windows)
     return dict(
         architecture=config.architecture,
@@ -46,7 +45,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         head_dim=head_dim,
         max_position_embeddings=max_position,
         **read_norms(config),
-        activation=read_activation(config, has_experts=bool(experts)),
+        activation=read_activation(config),
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
@@ -54,7 +53,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         mlp_down_bias=config.flag("mlp_down_bias"),
         is_encoder=config.flag("is_encoder"),
         num_token_types=config.integer("num_token_types", 0, minimum=0),
-        **experts,
+        **read_experts(config, num_layers, intermediate_size),
         latent=latent,
         **read_recurrent(config, num_layers, hidden_size),
         attention_gate=config.flag("attention_gate"),

@@ -7,19 +7,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from quire.errors import CheckpointError
 from quire.gguf.file import is_gguf, read_gguf
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.layer_stage import Stage
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
-from quire.model_config.config_json import ConfigJson, read_json
+from quire.model_config.config_file import read_config_file
+from quire.model_config.config_json import ConfigJson
 from quire.model_config.experts import RouterConfig
 from quire.model_config.fallback import is_computed_by_transformers
 from quire.model_config.fields import read_fields
-from quire.model_config.file_kinds import is_file
-from quire.model_config.folder_kinds import describe_missing
 from quire.model_config.generic import generic_fields
-from quire.model_config.gguf_config import block_bytes_of, config_of
+from quire.model_config.gguf_config import block_bytes_of
 from quire.model_config.latent import LatentShape
 from quire.model_config.packed_folder import packed_as
 from quire.model_config.pooling import PoolingConfig, Task, read_max_length, read_pooling, with_task
@@ -207,7 +205,7 @@ class ModelConfig:
 
         Raises `CheckpointError` for what is missing or not supported.
         """
-        path, values = _read_file(folder)
+        path, values = read_config_file(folder)
         if is_computed_by_transformers(path, values):
             return cls._estimated(path, values, computed_by=str(path.parent))
         config = cls(**read_fields(ConfigJson(path, values)))
@@ -245,7 +243,7 @@ class ModelConfig:
     @classmethod
     def estimated(cls, folder: str | Path) -> "ModelConfig":
         """The shape of a model that cannot be served yet, by the usual spellings of its sizes."""
-        return cls._estimated(*_read_file(folder))
+        return cls._estimated(*read_config_file(folder))
 
     @classmethod
     def _estimated(cls, path: Path, values: dict[str, Any], *, computed_by: str = "") -> "ModelConfig":
@@ -392,16 +390,3 @@ def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:
     """Weight and bias of one norm of the residual stream."""
     weight = VectorSpec(f"{name}.weight", config.hidden_size)
     return (weight, VectorSpec(f"{name}.bias", config.hidden_size)) if config.norm_bias else (weight,)
-
-
-def _read_file(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The config.json of a folder and its content. A GGUF file is its own."""
-    path = Path(folder)
-    if is_gguf(path):
-        return path, config_of(read_gguf(path))
-    path = path / "config.json"
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
-    if not is_file(path):
-        raise CheckpointError(describe_missing(path))
-    return path, read_json(path)
