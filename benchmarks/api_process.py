@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import quire
-from benchmarks.peers.__main__ import vllm_environment
+from benchmarks.peers.engines import vllm_environment
 from benchmarks.socket_floor import TOKENS_PER_SECOND, print_floor
 from benchmarks.stand_in_engine import PROGRAM, STEP_VARIABLE, TEXT
 from benchmarks.timed_tokenizer import VARIABLE
@@ -100,7 +100,8 @@ def vllm_server(name: str, peers: Path, folder: Path, num_streams: int, port: in
     flags = ["--served-model-name", MODEL, "--port", str(port), "--max-num-seqs", str(num_streams)]
     flags += ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
-    environment = {**os.environ, **vllm_environment(python), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    environment = {**os.environ, **vllm_environment(python, os.sched_getaffinity(0)), "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         _wait_for(process, r"(Application startup) complete", "Application startup complete")

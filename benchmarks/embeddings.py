@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.__main__ import vllm_environment
+from benchmarks.peers.engines import vllm_environment
 from quire import LLM
 
 TokenIds = list[list[int]]
@@ -76,7 +76,7 @@ def start_peer(name: str, arguments: argparse.Namespace) -> Embed:
     python, environment = arguments.python, dict(os.environ)
     if name == "vllm":
         python = arguments.vllm or arguments.python
-        environment |= vllm_environment(Path(python))
+        environment |= vllm_environment(Path(python), os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(
             map(str, sorted(os.sched_getaffinity(0))[: arguments.threads])
         )

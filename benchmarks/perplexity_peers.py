@@ -28,6 +28,8 @@ OUR_FORMS = ("int8", "int4", "int4-fast")
 OPENVINO_FORMS = ("int8", "int4")
 """Weight formats of its export, made without data."""
 FLOATS = "float32"
+_TRIES = 3
+"""Runs of llama.cpp's program: on a busy machine it may end before it has written its last lines."""
 ROOT = Path(__file__).parents[1]
 _ESTIMATE = re.compile(r"Final estimate: PPL = ([0-9.]+)")
 _PERPLEXITY = re.compile(r"^perplexity ([0-9.]+)$", re.MULTILINE)
@@ -88,11 +90,11 @@ def measure(
 def llama_perplexity(programs: Path, model: Path, text: Path, row_length: int) -> float:
     """What llama.cpp's program says of a file."""
     command = [programs / "llama-perplexity", "-m", model, "-f", text, "-t", "1"]
-    said = _run([*command, "-c", str(row_length), "-b", str(row_length)])
-    estimate = _ESTIMATE.search(said)
-    if estimate is None:
-        raise RuntimeError(f"llama-perplexity gave no estimate; it ended with: {said[-500:]}")
-    return float(estimate[1])
+    for _ in range(_TRIES):
+        said = _run([*command, "-c", str(row_length), "-b", str(row_length)])
+        if estimate := _ESTIMATE.search(said):
+            return float(estimate[1])
+    raise RuntimeError(f"llama-perplexity gave no estimate in {_TRIES} runs; it ended with: {said[-500:]}")
 
 
 def openvino_perplexity(environment: Path, model: Path, form: str, work: Path) -> float:

@@ -8,7 +8,9 @@ test the simulation; everything else does.
 """
 
 import math
+import multiprocessing
 import random
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -301,22 +303,36 @@ def jobs_for(section: str) -> dict[str, list[Job]]:
     return chosen
 
 
+def _end_silently() -> None:
+    """Let Ctrl-C end a process without a stack trace; its parent says what happened."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def run_jobs(jobs: dict[str, list[Job]], num_workers: int, report: Callable[[int, int, str], None]) -> dict[str, Any]:
     """Run simulations on `num_workers` processes. The result does not depend on their number.
 
-    `report` is called for every one that has ended, with how many have, how many there are, and what it was.
+    `report` is called for every one that has ended, with how many have, how many there are, and what it was. Ctrl-C and
+    an error end the processes at once.
     """
     total = sum(map(len, jobs.values()))
-    with ProcessPoolExecutor(num_workers) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=_end_silently) as pool:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the processes can take it
         futures = {
             pool.submit(function, *arguments): (name, place)
             for name, each in jobs.items()
             for place, (function, arguments) in enumerate(each)
         }
-        for count, future in enumerate(as_completed(futures), start=1):
-            name, place = futures[future]
-            future.result()
-            report(count, total, f"{name} {place + 1} of {len(jobs[name])}")
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for count, future in enumerate(as_completed(futures), start=1):
+                name, place = futures[future]
+                future.result()
+                report(count, total, f"{name} {place + 1} of {len(jobs[name])}")
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     results: dict[str, Any] = {name: [None] * len(each) for name, each in jobs.items()}
     for future, (name, place) in futures.items():
         results[name][place] = future.result()

@@ -9,14 +9,13 @@ import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.kv_events_config import KVEventsConfig
 from quire.kv_transfer_config import KVTransferConfig
-from quire.option_values import parse_size, parse_tokens
+from quire.option_values import expand_home, parse_size, parse_tokens
 from quire.quantization import METHODS
 from quire.request import POOLINGS, TASKS
 from quire.speculative_config import SpeculativeConfig
@@ -288,6 +287,8 @@ class EngineConfig:
         for name in ("served_model_name", "logits_processors", "lora_modules"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
+            if any(isinstance(text, str) and not text.strip() for text in getattr(self, name)):
+                raise ConfigError(f"{name} has an empty text; give a name, or leave the option out")
         object.__setattr__(self, "enable_lora", self.enable_lora or bool(self.lora_modules))
 
     def _check_conflicts(self) -> None:
@@ -341,7 +342,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is None:
                 continue
-            folder = Path(value).expanduser()
+            folder = expand_home(value)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 if written and not os.access(folder, os.W_OK | os.X_OK):

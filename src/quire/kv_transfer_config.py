@@ -1,5 +1,6 @@
 """KVTransferConfig: which engines give KV blocks to others, and which fetch them. Names are vLLM's where it has any."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,7 +63,7 @@ class KVTransferConfig:
     def read_key(self) -> bytes:
         """The shared key. Raises `ConfigError` for a file that has none."""
         try:
-            key = Path(self.kv_key_file).expanduser().read_bytes().strip()
+            key = Path(os.path.expanduser(self.kv_key_file)).read_bytes().strip()
         except OSError as error:
             raise ConfigError(
                 f"kv_transfer_config: kv_key_file is {self.kv_key_file!r}, which cannot be read: {error.strerror}"

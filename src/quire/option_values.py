@@ -1,7 +1,8 @@
-"""Values of options as text: sizes in bytes, numbers of tokens, and objects in JSON."""
+"""Values of options as text: sizes in bytes, numbers of tokens, objects in JSON, and paths."""
 
 import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError
@@ -57,3 +58,13 @@ def check_keys(name: str, value: Mapping[str, Any], known: Collection[str]) -> N
     """Raise `ConfigError` for keys that an object may not have."""
     if unknown := value.keys() - known:
         raise ConfigError(f"{name} has unknown {sorted(unknown)}; it may have {', '.join(known)}")
+
+
+def expand_home(path: str | Path) -> Path:
+    """`path` with the user's home folder in the place of ~. Raises `ConfigError` for a user without one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path} is in a home folder, and this user has none; set HOME, or give a full path"
+        ) from None

@@ -61,16 +61,63 @@ def test_the_port_of_a_kubernetes_service_is_no_option(
         ("a.toml", 'port = "many"', "port"),
         ("a.ini", "", ".toml, .yaml, .yml"),
         ("a.toml", None, "is no file"),
+        ("a.yaml", "max-num-sqs: 5", "has 'max-num-sqs', which is no option; did you mean max-num-seqs?"),
+        ("a.yaml", "1: 2", "has the key 1; keys are names of options"),
+        ("a.yaml", "true: 2", "has the key True"),
+        ("a.yaml", "serve: {port: 5}", "has the table serve; write its options at the top"),
+        ("a.toml", "[serve]\nport = 5", "has the table serve"),
+        ("a.yaml", "port: {a: 1}", 'unable to convert "{"a": 1}" into int'),
+        ("a.yaml", "port: [1, 2]", 'unable to convert "[1, 2]" into int'),
+        ("a.yaml", "port: yes", 'unable to convert "True" into int'),
+        ("a.yaml", "port: 2020-01-01", 'unable to convert "2020-01-01" into int'),
+        ("a.yaml", "access_log: maybe", 'unable to convert "maybe" into bool'),
+        ("a.yaml", "model: [a, b]", "into str"),
+        ("a.yaml", "max-num-seqs: 2.5", "must be a whole number"),
+        ("a.yaml", "a: &a {b: *a}", "cannot be read: Circular reference"),
+        ("a.yaml", "{a: " * 3000, "cannot be read"),
+        ("a.yaml", b"model: \xff", "cannot be read: the input is not utf-8"),
+        ("a.yaml", b"model: \x00", "cannot be read"),
     ],
 )
 def test_a_wrong_file_is_named(
-    name: str, content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, content: str | bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     assert run(["serve", "--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert str(path) in error
     assert error.count("\n") == 1
+    assert run(["serve", "--show-config", "--config", str(path)]) == 2
+
+
+def test_values_that_are_objects_null_and_vllms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An object is given as its JSON, null leaves an option unset, and an option of vLLM is answered as its flag is."""
+    path = tmp_path / "a.yaml"
+    path.write_text("speculative-config: {method: ngram, num_speculative_tokens: 3}\nport: null\nmodel: ä ö\n", "utf-8")
+    options = shown(capsys, "--config", str(path))
+    assert options["speculative-config"] == f'{{"method": "ngram", "num_speculative_tokens": 3}}  ({path})'
+    assert options["port"] == "8000  (default)"
+    assert options["model"] == f"ä ö  ({path})"
+    path.write_text("enforce-eager: true\nhf-overrides: {a: 1}\n")
+    assert run(["serve", "--config", str(path)]) == 2
+    assert "hf_overrides is '{\"a\": 1}'; it must be {}" in capsys.readouterr().err
+
+
+def test_other_commands_read_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("max-num-seqs: 5\n")
+    monkeypatch.setenv("QUIRE_CONFIG", str(path))
+    assert run(["plan", "--list-devices"]) == 0
+    assert run(["plan", "--list-devices", "--config", str(path)]) == 2
+    assert "Unknown option: --config" in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIRE_PORT", "x")
+    assert run(["serve"]) == 2
+    assert 'Invalid value for QUIRE_PORT from env: unable to convert "x" into int' in capsys.readouterr().err

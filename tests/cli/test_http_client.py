@@ -50,6 +50,12 @@ def test_no_server() -> None:
             events(f"http://127.0.0.1:{unused.getsockname()[1]}/v1/completions")
 
 
+@pytest.mark.parametrize("host", ["a..b", f"{'a' * 70}.com"])
+def test_a_name_that_no_host_has(host: str) -> None:
+    with pytest.raises(HttpError, match="is the server running"):
+        events(f"http://{host}/v1/completions")
+
+
 @pytest.mark.parametrize(
     ("answer", "outcome"),
     [
@@ -61,6 +67,13 @@ def test_no_server() -> None:
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n50\r\ndata", "closed the connection"),
         (b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 4\r\n\r\noops", "answers 502: oops"),
         (b"", "closed the connection"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not answer as such a server does: it sends b'SSH-2.0-OpenSSH"),
+        (b"\x15\x03\x01\x00\x02", "which is not HTTP; check the address"),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: {oops\n\n", "does not answer as such a server does: Expecting property name"),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: [1]\n\n", r"an event is \[1\]"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "invalid literal"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "invalid literal"),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"error": "no such model"}\n\n', "no such model"),
     ],
 )
 def test_other_servers(answer: bytes, outcome: Any) -> None:

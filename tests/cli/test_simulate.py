@@ -126,11 +126,11 @@ def test_deaths_updates_and_limits_of_a_cluster_show_in_its_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "runs.json"
-    made = ["--cluster", "2", "--num-requests", "2", "--rate", "1", "--kv-slots", "90000", "--json", str(file)]
+    made = ["--num-requests", "2", "--rate", "1", "--kv-slots", "90000", "--json", str(file)]
 
-    def table(*options: str) -> tuple[dict[str, Any], dict[str, str]]:
+    def table(*options: str, num_replicas: int = 2) -> tuple[dict[str, Any], dict[str, str]]:
         """The figures, and what the table shows of them."""
-        assert run(["simulate", *made, *options]) == 0
+        assert run(["simulate", "--cluster", f"{num_replicas}", *made, *options]) == 0
         said = capsys.readouterr().out
         assert max(map(len, said.splitlines())) <= 80
         title, _, row, *_ = said.splitlines()[2:]
@@ -142,11 +142,12 @@ def test_deaths_updates_and_limits_of_a_cluster_show_in_its_table(
     assert (quiet["moved"], quiet["refused"], quiet["lost"]) == (0, 0, 0)
     assert float(shown["device_hours_per_1k"]) == pytest.approx(quiet["device_hours_per_1k"], rel=0.01)
     assert float(shown["goodput_per_s"]) == pytest.approx(quiet["goodput_per_s"], rel=0.01)
-    failing, _ = table("--deaths", "20:0", "--deaths", "21:1", "--rolling-update", "60", "--restart-time", "2")
+    deaths = [option for second in range(2, 62) for option in ("--deaths", f"{second}:{second // 2 % 2}")]
+    failing, _ = table(*deaths, "--rolling-update", "90", "--restart-time", "0.5")
     assert (failing["moved"] > 0, failing["lost"], failing["finished"]) == (True, 0, quiet["finished"])
     assert failing["prefix_hit_pct"] < quiet["prefix_hit_pct"]
     assert failing["ttft_p99"] > quiet["ttft_p99"]
-    full, shown = table("--max-replica-requests", "1", "--cluster", "1")
+    full, shown = table("--max-replica-requests", "1", num_replicas=1)
     assert full["refused"] == int(shown["refused"]) > 0
 
 

@@ -182,9 +182,11 @@ class TestWindows:
         assert "supported: 2 times full_attention where use_sliding_window" in refusal(
             tmp_path, LLAMA | values | {"layer_types": layer_types}
         )
-        assert "supported: 2 times full_attention where there is no sliding_window" in refusal(
-            tmp_path, LLAMA | values | {"layer_types": layer_types, "sliding_window": None}
-        )
+        without = refusal(tmp_path, LLAMA | values | {"layer_types": layer_types, "sliding_window": None})
+        if layer_types == ["sliding_attention"] * 2:
+            assert "sliding_window is missing; supported: a number of positions, since layers with a window" in without
+        else:
+            assert "supported: 2 times full_attention where there is no sliding_window" in without
         assert read(tmp_path, LLAMA | values | {"layer_types": ["full_attention"] * 2}).layer_windows in ((), (0, 0))
 
     def test_layer_types_decide(self, tmp_path: Path) -> None:

@@ -648,9 +648,14 @@ def test_gemma_3_is_read(tmp_path: Path) -> None:
     text |= {"model_type": "gemma3_text", "query_pre_attn_scalar": 168, "eos_token_id": 1} | old
     text |= {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}
     whole = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "text_config": text}
-    path.write_text(json.dumps(whole | {"torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152}}))
+    tower = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    tower |= {"image_size": 896, "patch_size": 14, "model_type": "siglip_vision_model", "vision_use_head": False}
+    path.write_text(json.dumps(whole | {"torch_dtype": "bfloat16", "vision_config": tower}))
+    found = ModelConfig.from_folder(tmp_path)
+    assert found.vision is not None
+    assert (found.tokens_of_whole_images, found.vision.merge, found.vision.marker_token_id) == (256, 4, 255999)
     changes = {"architecture": whole["architectures"][0], "checkpoint_dtype": "bfloat16", "eos_token_ids": (1, 106)}
-    assert ModelConfig.from_folder(tmp_path) == replace(config, bos_token_id=None, **changes)
+    assert replace(found, vision=None) == replace(config, bos_token_id=None, **changes)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,13 @@ def test_the_text_model_beside_a_vision_tower(tmp_path: Path) -> None:
     folder = with_a_vision_tower(tmp_path)
     assert_equals_transformers(folder)
     text = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if "language_model" in name]
-    assert ModelConfig.from_folder(folder).spec.num_parameters == sum(tensor.numel() for tensor in text)
+    size = sum(tensor.numel() for tensor in text)
+    assert ModelConfig.from_folder(folder).spec.num_parameters > size
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vision_config": None}))
+    config = ModelConfig.from_folder(folder)
+    assert (config.vision, config.spec.num_parameters) == (None, size)
+    load_model(config, open_checkpoint(folder), kernels_for("cpu"), "float32")
 
 
 def test_a_norm_of_keys_that_is_missing(tmp_path: Path) -> None:

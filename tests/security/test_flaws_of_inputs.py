@@ -22,7 +22,7 @@ from quire.image_input import ImagePart, ImagePixels, ReadImage
 from quire.kv_cache.block_hash import find_extras, hash_block, root_hash
 from quire.models.safetensors_file import read_header as read_safetensors
 from quire.request import InputSpan
-from quire.server.tools.format_types import Channels, ToolFormat
+from quire.server.tools.format_types import Channels, Framed, Messages, ToolFormat
 from quire.server.tools.formats import TOOL_FORMATS
 from quire.structured_outputs import StructuredOutputsParams
 from tests import stand_in_hub
@@ -191,10 +191,20 @@ def test_25_an_image_is_hashed_with_its_shape() -> None:
 # -- tool calls and prompts -------------------------------------------------------------------------------------------
 
 
+def first_mark(row: ToolFormat | Framed) -> str:
+    """What opens a call; empty if calls have no mark."""
+    match row:
+        case Channels():
+            return row.start
+        case Messages():
+            return row.opening + row.calls_head.replace("{name}", "weather")
+    return (row.openers or ("",))[0]
+
+
 @pytest.mark.parametrize("row", TOOL_FORMATS, ids=lambda row: row.names[0])
-def test_31_replies_are_read_in_linear_time(row: ToolFormat | Channels) -> None:
+def test_31_replies_are_read_in_linear_time(row: ToolFormat | Framed) -> None:
     """CVE-2025-71379, CVE-2025-48887: marks that open no call, calls that never end, nested values."""
-    mark = row.start if isinstance(row, Channels) else (row.openers or ("[",))[0]
+    mark = first_mark(row) or "["
     for unit in (mark, mark + '{"id":[', mark + '{"name":"weather","parameters":{"a":['):
         text = unit * (2_000 // len(unit))
 
@@ -208,11 +218,11 @@ CODE = "__import__('os').system('touch {marker}')"
 
 
 @pytest.mark.parametrize("row", TOOL_FORMATS, ids=lambda row: row.names[0])
-def test_32_calls_are_never_evaluated(row: ToolFormat | Channels, tmp_path: Path) -> None:
+def test_32_calls_are_never_evaluated(row: ToolFormat | Framed, tmp_path: Path) -> None:
     """CVE-2025-9141, CVE-2026-61539: code where a name, a key or a value stands."""
     marker = tmp_path / "marker"
     code = CODE.format(marker=marker)
-    mark = row.start if isinstance(row, Channels) else (row.openers or ("",))[0]
+    mark = first_mark(row)
     for body in (
         f"[weather(city={code})]",
         f"weather(city={code})",

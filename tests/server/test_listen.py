@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -192,9 +193,37 @@ def test_a_path_that_cannot_hold_a_socket_is_one_line(name: str, tmp_path: Path)
         bind(ServerSettings(uds=str(tmp_path / name)))
 
 
+def test_a_socket_of_a_later_server_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "quire.sock"
+    with RunningServer(ScriptedEngine(), ServerSettings(uds=str(path))):
+        path.unlink()
+        other = bind(ServerSettings(uds=str(path)))
+    with other:
+        assert path.is_socket()
+
+
+def test_one_of_two_servers_gets_the_socket_that_a_dead_one_left(tmp_path: Path) -> None:
+    path = tmp_path / "quire.sock"
+    for _ in range(10):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
+        with ThreadPoolExecutor(4) as threads:
+            tries = [threads.submit(bind, ServerSettings(uds=str(path))) for _ in range(4)]
+        listeners = [each.result() for each in tries if each.exception() is None]
+        assert len(listeners) == 1
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        listeners[0].close()
+        path.unlink()
+
+
 def test_a_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "notes"
     path.write_text("keep")
     with pytest.raises(ConfigError, match="address already in use"):
         bind(ServerSettings(uds=str(path)))
     assert path.read_text() == "keep"
+    with pytest.raises(ConfigError, match="address already in use"):
+        bind(ServerSettings(uds=str(tmp_path)))
+    with pytest.raises(ConfigError, match="uds is empty; give the path of a socket"):
+        ServerSettings(uds="")

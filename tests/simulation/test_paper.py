@@ -1,9 +1,16 @@
 """What docs/paper.md says, on less of its traces: the set-ups stay the paper's, and claims keep coming out."""
 
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.paper import __main__ as program
 from benchmarks.paper import experiments
 from benchmarks.paper.experiments import (
     BLOCK_SIZES,
@@ -146,6 +153,61 @@ def test_a_section_alone_needs_its_own_simulations_only(section: str) -> None:
     text = write_section(section, results)
     assert text.startswith("## ")
     assert text in write_page(made)
+
+
+def test_the_sections_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*SECTIONS]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "fig3"], "invalid choice: 'fig3' (choose from"),
+        (["--workers", "0"], "0 must be a whole number of at least 1"),
+        (["--docs", __file__], "test_paper.py is no folder to write in"),
+        (["--docs", "none/at/all"], "none/at/all is no folder to write in"),
+    ],
+)
+def test_what_the_program_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_a_section_is_printed_and_a_dead_process_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "run_jobs", lambda jobs, workers, report: report(1, 4, "fig_2 1 of 4") or made_up(2.0))
+    assert program.main(["--only", "fig2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("## Fig. 2")
+    assert "1 of 4, about" in shown.err
+
+    def killed(*_: Any) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(program, "run_jobs", killed)
+    assert program.main(["--only", "fig2"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("paper: a simulation's process was killed")
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_ctrl_c_ends_it_with_its_processes(to_all: bool) -> None:
+    """A terminal sends it to all processes, a supervisor to the first."""
+    command = [sys.executable, "-m", "benchmarks.paper", "--only", "fig12", "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        assert "simulations on 2 processes" in process.stderr.readline()
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        assert process.stderr.read() == "paper: interrupted; nothing was written\n"
+        assert process.wait(30) == 130
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_progress_is_reported_for_every_simulation() -> None:

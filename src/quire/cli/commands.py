@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from cyclopts import App, CycloptsError, Group, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, UnusedCliTokensError
 
 from quire import __version__
 from quire.cli.configuration import read_configuration
@@ -76,9 +76,21 @@ EXAMPLES = {
         "convert smollm2 --to bf16 --output smollm2-bf16",
         "convert org/name --to gguf:Q8_0",
     ),
+    "show": ("show smollm2",),
+    "ps": ("ps --url http://127.0.0.1:8000",),
     "top": ("top --url http://127.0.0.1:8000",),
     "router": ("router --backends http://10.0.0.1:8000,http://10.0.0.2:8000",),
-    "plan": ("plan org/name --device H100",),
+    "plan": (
+        "plan org/name --device H100",
+        "plan model.Q4_K_M.gguf --device ryzen-7950x --users 4",
+        "plan --list-devices",
+        "plan --measure cpu.json",
+    ),
+    "simulate": (
+        "simulate --trace sharegpt --policy paged,orca-max --plot terminal",
+        "simulate --trace alpaca --rate 20 --plot run.svg",
+        "simulate --cluster 4 --routing least-work,round-robin",
+    ),
     "completion": (
         "completion bash > ~/.local/share/bash-completion/completions/quire",
         "completion zsh > ~/.zfunc/_quire",
@@ -86,6 +98,7 @@ EXAMPLES = {
     ),
     "bench throughput": ("bench throughput --num-prompts 100 --quantization int8",),
     "bench serve": ("bench serve --base-url http://127.0.0.1:8000 --request-rate 4",),
+    "cluster serve": ("cluster serve org/name --replicas 2",),
     "batch run": ("batch run requests.jsonl answers.jsonl",),
 }
 """Subcommand → commands that its help shows, without the word quire in front."""
@@ -147,6 +160,8 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except UnusedCliTokensError as error:
         return _fail(f"unexpected argument {shlex.join(error.unused_tokens or ())}; see --help", 2)
+    except MissingArgumentError as error:
+        return _fail(_what_is_missing(error), 2)
     except CycloptsError as error:
         return _fail(str(error), 2)
     except (ConfigError, RequestError) as error:
@@ -159,6 +174,17 @@ def run(arguments: Sequence[str]) -> int:
         raise  # the reader has read enough
     except (OSError, UnicodeError) as error:
         return _fail(describe(error), 1)
+
+
+def _what_is_missing(error: MissingArgumentError) -> str:
+    """Which argument a command lacks, by the name that its help has."""
+    command = " ".join(("quire", *(error.command_chain or ())))
+    argument = error.argument
+    if argument is None:
+        return str(error)
+    if argument.index is None or error.keyword is not None:
+        return f"{error.keyword or argument.name} needs a value; see {command} --help"
+    return f"{command} needs {argument.name.removeprefix('--').upper()}; see {command} --help"
 
 
 def _fail(message: str, status: int) -> int:

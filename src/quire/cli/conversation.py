@@ -5,16 +5,16 @@ input is not a terminal, the output holds answers alone, and Ctrl-C and the firs
 """
 
 import asyncio
+import os
 import sys
 from contextlib import aclosing, suppress
-from pathlib import Path
 
 from rich.console import Console
 
 from quire.cli.partners import Messages, Partner
 from quire.errors import QuireError
 
-HISTORY = Path("~/.quire_history")
+HISTORY = os.path.expanduser("~/.quire_history")
 HELP = (
     "/system TEXT sets the system prompt, /reset starts a new conversation, /exit ends; Ctrl-C stops an answer; "
     '"""…""" holds several lines, // begins a message with /'
@@ -136,11 +136,11 @@ def _load_history() -> None:
         # A pasted paragraph then arrives from input() as one text. Python turns this off.
         readline.parse_and_bind("set enable-bracketed-paste on")
         readline.set_history_length(1000)
-        readline.read_history_file(HISTORY.expanduser())
+        readline.read_history_file(HISTORY)
 
 
 def _save_history() -> None:
     with suppress(ImportError, OSError):
         import readline
 
-        readline.write_history_file(HISTORY.expanduser())
+        readline.write_history_file(HISTORY)

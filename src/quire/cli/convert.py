@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from quire.cli.options import ModelArgument
 from quire.engine.memory_sizes import show_bytes
+from quire.option_values import expand_home
 
 
 def convert(
@@ -42,14 +43,17 @@ def convert(
     revision
         A branch, a tag or a commit of a model on the hub.
     """
+    from quire.convert.output import check_place
     from quire.convert.target import Target
     from quire.engine.checkpoint import find_model, model_name
 
     target = Target.parse(to)
     source = find_model(model, revision)
+    if output is not None:
+        check_place(expand_home(output))  # before torch is imported
     from quire.convert.run import convert_model, default_output
 
-    place = (output or default_output(source, model_name(model), target)).expanduser()
+    place = expand_home(output or default_output(source, model_name(model), target))
     started = time.perf_counter()
     with _progress() as on_bytes:
         made = convert_model(source, target, place, on_bytes, adapter=lora)

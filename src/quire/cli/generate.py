@@ -50,6 +50,8 @@ def generate(prompt: str | None = None, *, verbose: bool = False, **options: Any
     values = {"max_tokens": SamplingOptions().max_tokens, **sampling}
     SamplingParams(**values)  # refuse wrong values before anything is loaded
     config.make_folders()
+    if prompt is None and sys.stdin.isatty():
+        print("quire: type the text to continue; Ctrl-D on an empty line ends it", file=sys.stderr)
     text = sys.stdin.read() if prompt is None else prompt
     asyncio.run(_stream(config, text, values, verbose=verbose))
 

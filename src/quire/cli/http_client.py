@@ -54,8 +54,10 @@ class Target:
                 if not line.startswith(b"data:") or data == b"[DONE]":
                     continue
                 event = json.loads(data)
-                if "error" in event:
-                    raise HttpError(event["error"].get("message", str(event["error"])))
+                if not isinstance(event, dict):
+                    raise ValueError(f"an event is {data[:100].decode(errors='replace')}")
+                if error := event.get("error"):
+                    raise HttpError(str(error.get("message", error) if isinstance(error, dict) else error))
                 yield event
 
     @asynccontextmanager
@@ -73,6 +75,8 @@ class Target:
             yield lines
         except (ConnectionError, asyncio.IncompleteReadError) as error:
             raise HttpError(f"{self.url} closed the connection") from error
+        except (ValueError, asyncio.LimitOverrunError) as error:
+            raise HttpError(f"{self.url} does not answer as such a server does: {error}; check the address") from error
         finally:
             writer.close()
 
@@ -84,7 +88,7 @@ class Target:
             return await asyncio.open_connection(
                 parts.hostname, port, ssl=ssl.create_default_context() if secure else None, limit=_LINE_LIMIT
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
             raise HttpError(f"no answer from {self.url}: {_reason(error)}; is the server running?") from error
 
     async def _send(self, writer: StreamWriter, host: str, path: str, body: dict[str, Any] | None) -> None:
@@ -99,9 +103,18 @@ class Target:
 
 
 async def _read_head(reader: StreamReader) -> tuple[int, dict[str, str]]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    fields = (line.partition(":") for line in head[1:] if line)
-    return int(head[0].split()[1]), {name.strip().lower(): value.strip() for name, _, value in fields}
+    """Status and headers of an answer. Raises `ValueError` for what is not HTTP."""
+    first = await reader.readline()
+    if not first:
+        raise asyncio.IncompleteReadError(first, None)
+    version, _, rest = first.decode("latin-1").partition(" ")
+    if not (version.startswith("HTTP/") and rest[:3].isdecimal()):
+        raise ValueError(f"it sends {first[:40]!r}, which is not HTTP")
+    headers: dict[str, str] = {}
+    while line := (await reader.readline()).decode("latin-1").strip():
+        name, _, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    return int(rest[:3]), headers
 
 
 async def _plain(reader: StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
@@ -142,8 +155,10 @@ def check_url(url: str) -> None:
         raise ConfigError(f"url is {url!r}; give one such as http://127.0.0.1:8000")
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | UnicodeError) -> str:
     """The system's words. asyncio puts the address in their place, and names several by all their errors."""
+    if isinstance(error, UnicodeError):
+        return str(error)
     if isinstance(error, ssl.SSLError | socket.gaierror) or not error.errno:
         return error.strerror or str(error)
     return os.strerror(error.errno)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -26,8 +27,12 @@ ModelArgument = Annotated[str, Parameter(show_default=False)]
 
 def _check_folder(kind: object, path: Path | None) -> None:
     """Raise `ConfigError` before the work if its result can never be written."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise ConfigError("It is a folder" if path.is_dir() else f"There is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError("It cannot be written here; give another place")
 
 
 OutputFile = Annotated[Path | None, Parameter(validator=_check_folder)]

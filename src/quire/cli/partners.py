@@ -91,7 +91,7 @@ class ServerPartner:
         async with aclosing(self._target.events({**self._body, "messages": messages})) as events:
             async for event in events:
                 for choice in event.get("choices", ()):
-                    yield choice.get("delta", {}).get("content") or ""
+                    yield (choice.get("delta") or {}).get("content") or ""
 
     async def stop(self) -> None:
         pass

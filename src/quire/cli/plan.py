@@ -68,7 +68,7 @@ def plan(model: ModelArgument = "", *, asked: PlanOptions = _DEFAULTS, **options
 
 def _find(config: EngineConfig) -> Path:
     """The model's folder or file. Of a model on the hub the weights are not downloaded."""
-    given = Path(config.model).expanduser()
+    given = Path(os.path.expanduser(config.model))
     if given.name == "config.json" and given.is_file():
         return given.parent
     return find_model(config.model, config.revision, weights=False)

@@ -39,7 +39,7 @@ def top(*, url: Url = DEFAULT_URL, api_key: ApiKey = None, once: Once = False) -
     api_key
         The server's API key. A key that is no admin's sees its own requests.
     once
-        Print once, after a second, and end. So it is where output is no terminal.
+        Print once, after a second, and end. Without a terminal for the output this is always so.
     """
     target = server_target(url, "/kv/stream", api_key)
     asyncio.run(_print_once(target.events(None)) if once or not sys.stdout.isatty() else _watch(target.events(None)))

@@ -42,16 +42,17 @@ def join_ray(address: str) -> None:
     """Join the Ray cluster at `address`, or start one here. Raises `ConfigError` if that cannot be done."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
     if address != LOCAL:
+        found = address
         try:
-            if address == AUTO:  # it may be that of a cluster that died
-                address = ray_address(AUTO, None)
-            check_listens(address)
-            _check_speaks_grpc(address)
-            ray.init(address=address, **quiet)
+            if address == AUTO:
+                found = ray_address(AUTO, None)
+            check_listens(found)  # it may be that of a cluster that died
+            _check_speaks_grpc(found)
+            ray.init(address=address, **quiet)  # with `AUTO` Ray reads the cluster's token
         except ConfigError:
             raise
         except Exception as error:  # Ray raises plain exceptions too
-            raise no_cluster(address, _reason(error)) from None
+            raise no_cluster(found, _reason(error)) from None
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

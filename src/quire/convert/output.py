@@ -23,10 +23,7 @@ def unfinished(target: Path) -> Iterator[Path]:
     killed one left. Raises `ConfigError` for a target that exists or lies nowhere, and `CheckpointError` for a disk
     that is full or read-only.
     """
-    if target.exists() or target.is_symlink():
-        raise ConfigError(f"{target} exists; remove it, or name another place with --output")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target} cannot be written: there is no folder {target.parent}")
+    check_place(target)
     folder = target.parent / f".{target.name}.{os.getpid()}{_SUFFIX}"
     try:
         _remove_abandoned(target)
@@ -44,6 +41,14 @@ def unfinished(target: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}; nothing is left of it"
         ) from error
+
+
+def check_place(target: Path) -> None:
+    """Raise `ConfigError` for a target that exists or lies nowhere."""
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target} exists; remove it, or name another place with --output")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target} cannot be written: there is no folder {target.parent}")
 
 
 def _take_place(made: Path, target: Path) -> None:

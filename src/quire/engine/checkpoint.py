@@ -36,7 +36,7 @@ def find_model(model: str, revision: str | None = None, *, weights: bool = True)
     """
     if not model or model == BUNDLED_NAME:
         return bundled_folder()
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return checkpoint_in(folder)
     if is_gguf(folder):
@@ -83,7 +83,7 @@ def model_name(model: str) -> str:
     """The default name of the model in the server: a folder's own name, since clients need not know where it lies."""
     if not model:
         return BUNDLED_NAME
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     return os.path.basename(os.path.abspath(folder)) if folder.exists() else public_name(model)
 
 

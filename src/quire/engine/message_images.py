@@ -7,6 +7,7 @@ A part of a message that is an image names it in one of the ways that clients kn
 import base64
 import binascii
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def local_bytes(source: object) -> bytes:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise RequestError("LLM fetches no images; download it and give its path or its bytes", param="messages")
     if isinstance(source, str | Path):
-        path = Path(str(source).removeprefix("file://")).expanduser()
+        path = Path(os.path.expanduser(str(source).removeprefix("file://")))
         try:
             return path.read_bytes()
         except OSError as error:

@@ -136,12 +136,9 @@ class BlockTable:
         for group, blocks in enumerate(self.groups):
             if used:
                 pool.write(blocks[-1], min(size, used + num_tokens))
-            left = missing
-            while left > 0:
-                block = pool.allocate(group)
-                blocks.append(block)
-                pool.write(block, size if left > 1 else (end - 1) % size + 1)
-                left -= 1
+            for left in range(missing, 0, -1):
+                blocks.append(pool.allocate(group))
+                pool.write(blocks[-1], size if left > 1 else (end - 1) % size + 1)
         self.num_tokens = end
         self._room = -end % size
         return changed

@@ -5,6 +5,7 @@ is checked where it is loaded (`quire.lora.slots`). No torch.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class AdapterFolder:
     @classmethod
     def open(cls, path: str | Path) -> "AdapterFolder":
         """Raises `CheckpointError` for a folder that holds no adapter, is damaged or asks for what is not supported."""
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if not path.is_dir():
             raise CheckpointError(
                 f"adapter {str(path)!r} is not a folder; give one with {CONFIG_FILE}, as peft writes it"

@@ -77,7 +77,7 @@ class AdapterRegistry:
     def identify(self, path: str) -> Adapter:
         """The adapter in a folder, as its files are now; they are read where they have changed. Raises
         `CheckpointError`."""
-        path = str(Path(path).expanduser().absolute())
+        path = os.path.abspath(os.path.expanduser(path))
         if not (Path(path) / CONFIG_FILE).is_file():
             AdapterFolder.open(path)  # says what is wrong
         state = _state_of(path)

@@ -2,6 +2,8 @@
 
 from quire.model_config.config_json import ConfigJson
 
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
 
 def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     """The window of every layer in positions; 0 for a layer that attends to all.
@@ -21,11 +23,9 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
         window = 2 * (window // 2) + 1  # half of it before a token, half behind it, and the token
     layer_types = config.value("layer_types")
     if layer_types is not None:
-        windows = {"full_attention": 0, "sliding_attention": window}
-        known = isinstance(layer_types, list) and all(isinstance(kind, str) and kind in windows for kind in layer_types)
-        if not known or len(layer_types) != num_layers:
-            raise config.refusal("layer_types", layer_types, f"{num_layers} times one of {', '.join(windows)}")
-        return tuple(windows[layer_type] for layer_type in layer_types)
+        if not _are_known(layer_types, num_layers):
+            raise config.refusal("layer_types", layer_types, f"{num_layers} times one of {', '.join(_LAYER_TYPES)}")
+        return tuple(0 if layer_type == "full_attention" else window for layer_type in layer_types)
     if config.value("global_attn_every_n_layers") is not None:
         every = config.integer("global_attn_every_n_layers")
         return tuple(0 if layer % every == 0 else window for layer in range(num_layers))
@@ -44,10 +44,22 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
 
 
+def _are_known(layer_types: object, num_layers: int) -> bool:
+    """Whether config.json names as many layers as there are, of kinds that are known."""
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        return False
+    return all(isinstance(kind, str) and kind in _LAYER_TYPES for kind in layer_types)
+
+
 def _check_unwindowed(config: ConfigJson, num_layers: int, reason: str) -> None:
     """Refuse layers with a window where config.json turns windows off, and kinds of layers that are not known."""
     layer_types = config.value("layer_types")
     if layer_types is None or config.value("recurrent_kind") is not None:
+        return
+    if config.value("sliding_window") is None and _are_known(layer_types, num_layers):
+        if "sliding_attention" in layer_types:
+            supported = "a number of positions, since layers with a window are among layer_types"
+            raise config.refusal("sliding_window", None, supported)
         return
     if layer_types != ["full_attention"] * num_layers:
         supported = f"{num_layers} times full_attention where {reason}"

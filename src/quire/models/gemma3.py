@@ -26,7 +26,9 @@ class Gemma3(Gemma2):
         model = "model.language_model" if new else "language_model.model"
         self.names = DecoderNames(model, heads=("language_model.lm_head", "lm_head"))
         super().__init__(config, weights, kernels, dtype, max_model_len)
-        if config.vision is not None:
+        if config.vision is None:
+            self.ignored_tensors = (*self.ignored_tensors, r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+        else:
             self.image_encoder = Gemma3Encoder(
                 Builder(config, weights.without_adapters(), kernels, dtype), config.vision
             )

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from quire.errors import CheckpointError
 from quire.models.safetensors_file import Entry, read_header
+from quire.option_values import expand_home
 
 CLOSE_SECONDS = 5.0
 """Shorter than the API process waits for its engine to end."""
@@ -56,7 +57,7 @@ class WeightsCache:
     """The file of one key. `load` reads it, and `store` writes it in a thread. Neither makes a start fail."""
 
     def __init__(self, folder: str | Path, key: bytes, max_bytes: int, *, write: Write = os.write) -> None:
-        self._folder = Path(folder).expanduser()
+        self._folder = expand_home(folder)
         self.path = self._folder / f"{_PREFIX}{key.hex()}{_SUFFIX}"
         self._max_bytes = max_bytes
         self._write = write

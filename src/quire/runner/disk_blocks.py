@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+from quire.option_values import expand_home
 from quire.runner.block_server import BlockServer
 from quire.runner.disk_folder import (
     FINGERPRINT_BYTES,
@@ -107,7 +108,7 @@ class DiskBlocks:
 
         Raises `ConfigError` for a folder that cannot be used.
         """
-        root = Path(folder).expanduser() / FORMAT
+        root = expand_home(folder) / FORMAT
         opened = open_folder(folder, root, fingerprint)
         if opened is None:
             return None

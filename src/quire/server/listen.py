@@ -28,7 +28,7 @@ from quire.server.connection import limited_protocol
 from quire.server.key_use import KeyRing, check_keys
 from quire.server.prefix_file import read_prefixes, register_prefixes
 from quire.server.settings import ServerSettings
-from quire.server.sockets import url_of
+from quire.server.sockets import remove_dead, url_of
 from quire.server.tls import tls_context
 from quire.server.traces import Traces
 
@@ -78,7 +78,8 @@ async def serve(
         if traces is not None:
             await traces.close()
         if settings.uds is not None:
-            Path(settings.uds).unlink(missing_ok=True)
+            with suppress(OSError):  # another server may listen there by now
+                remove_dead(Path(settings.uds))
 
 
 def open_batches(engine: Engine, settings: ServerSettings, keys: KeyRing) -> BatchService | None:

@@ -142,7 +142,9 @@ class ServerSettings:
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
         object.__setattr__(self, "keys", self._read_keys())
-        if not self.uds:
+        if self.uds == "":
+            raise ConfigError("uds is empty; give the path of a socket, or leave it out")
+        if self.uds is None:
             self.check_exposure(self.host)
         self._check_tls()
         self._check_endpoint()

@@ -1,8 +1,11 @@
 """The socket that the server listens on: a port, a Unix socket, or one that systemd hands over (socket activation)."""
 
 import errno
+import fcntl
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quire.errors import ConfigError
@@ -75,12 +78,10 @@ def _bind_unix(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o117)
     try:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
-                    path.unlink()
-        listener.bind(str(path))
-        listener.listen(2048)
+        with _alone_in(path.parent):
+            remove_dead(path)
+            listener.bind(str(path))
+            listener.listen(2048)
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
@@ -88,3 +89,27 @@ def _bind_unix(path: Path) -> socket.socket:
     finally:
         os.umask(mask)
     return listener
+
+
+def remove_dead(path: Path) -> None:
+    """Remove a socket that nobody listens on; leave all else. Raises `OSError` if it cannot be removed."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # a server with many waiting clients would keep it
+            if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other servers from the sockets of a folder, so that none removes one that has just begun to listen."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # it may hold sockets and not be readable; if it is missing, the socket's own error says so
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

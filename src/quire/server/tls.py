@@ -41,8 +41,9 @@ class _RenewedCertificate:
             # A key that is locked by a password would be asked for on the terminal.
             context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password=lambda: "")
         except (ssl.SSLError, OSError, ValueError) as error:
+            key = "" if settings.ssl_keyfile is None else f" and ssl_keyfile {settings.ssl_keyfile}"
             raise ConfigError(
-                f"ssl_certfile {settings.ssl_certfile} and ssl_keyfile {settings.ssl_keyfile} cannot be used: "
+                f"ssl_certfile {settings.ssl_certfile}{key} cannot be used: "
                 f"{_reason(error)}; give a certificate in PEM and its own key, without a password"
             ) from None
         if settings.ssl_ca_certs is not None:

@@ -1,6 +1,7 @@
 """Pictures of simulations: runs over time. Needs matplotlib, which comes with the `bench` extra."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ _WASTE = (
 
 def check_picture(path: Path) -> None:
     """Raise `ConfigError` if no picture could be written to `path`. Call it before a long run."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"plot is {path}; its name must end in .png, .svg or .pdf, or be terminal")
-    if not path.parent.is_dir():
-        raise ConfigError(f"plot is {path}, but there is no folder {path.parent}")
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "which is a folder" if path.is_dir() else f"but there is no folder {path.parent}"
+        raise ConfigError(f"plot is {path}, {reason}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"plot is {path}, which cannot be written; give another place")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a picture needs matplotlib: pip install 'quire-llm[bench]'")
 
@@ -46,4 +50,4 @@ def draw_runs(runs: Sequence[dict[str, Any]], path: Path) -> None:
     waste.legend(frameon=False, fontsize=7, loc="center right")
     first = runs[0]
     figure.suptitle(f"{first['trace']}: {first['model']} on {first['num_devices']} × {first['device']}")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)

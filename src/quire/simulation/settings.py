@@ -96,7 +96,7 @@ class SimulationSettings:
     slow_factor: float = 10.0
     """How many times as long a slow step takes."""
     cancellations: float = 0.0
-    """Share of clients that leave before their answer is complete, after `patience` seconds on average."""
+    """Share of clients that leave before their answer is complete, after patience seconds on average."""
     patience: float = 10.0
     """Mean seconds until such a client leaves; the time is exponentially distributed."""
     engine_deaths: float = 0.0

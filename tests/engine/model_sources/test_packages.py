@@ -105,6 +105,25 @@ def test_names_that_are_none(name: str) -> None:
     assert find(name).startswith(f"{name} is not the name of a package")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "https://huggingface.co/Qwen/Qwen3-0.6B",
+            "is an address; of a model on the hub give the name alone",
+        ),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/main", "such as Qwen/Qwen3-0.6B"),
+        ("hf.co/org/name:Q4_K_M", "such as org/name"),
+        ("http://example.org/x.gguf", "such as org/name"),
+        ("llama3:8b", "give org/name:FILE.gguf; Quire knows no tags as Ollama has"),
+        ("org/name:Q4_K_M", "give org/name:FILE.gguf; Quire knows no tags"),
+        ("model.gguf", "model.gguf is no file here; for a GGUF file of the hub give org/name:FILE.gguf"),
+    ],
+)
+def test_names_as_other_programs_have_them(name: str, said: str) -> None:
+    assert said in find(name)
+
+
 def test_clients_see_names_without_revisions() -> None:
     assert model_name("org/name@v2") == "org/name"
     assert model_name("pypi:a==1.0") == "pypi:a"

@@ -162,6 +162,7 @@ export default {
       "x",
       3,
       60000,
+      60000,
     );
   },
   "wrong parameters are named": async () => {

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from quire import AsyncLLM
 from quire.server.settings import ServerSettings
@@ -61,13 +62,17 @@ def until(page: Any, condition: Callable[[], bool]) -> None:
         page.wait_for_timeout(30)
 
 
-def picture(page: Any, name: str) -> None:
+def picture(page: Any, name: str, height: int = 620) -> None:
     """Write a picture for the docs, where that is asked for."""
     if folder := os.environ.get("QUIRE_SCREENSHOTS"):
         path = Path(folder) / name
-        page.set_viewport_size({"width": 900, "height": 620})
+        page.set_viewport_size({"width": 900, "height": height})
+        page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(300)
         page.screenshot(path=path)
+        with Image.open(path) as shot:
+            few_colours = shot.convert("RGB").quantize(256)
+        few_colours.save(path, optimize=True)
         assert path.stat().st_size <= MAX_PICTURE_BYTES, name
 
 
@@ -332,7 +337,7 @@ def test_the_map_shows_the_sharing_of_four_answers(llm: RunningServer, open_page
         page.click("tbody button")
         until(page, lambda: "Block table of sample 3" in page.inner_text(".detail"))
         assert "yonder" in page.inner_text(".detail .tokens")
-        picture(page, "page-memory.png")
+        picture(page, "page-memory.png", height=920)
         page.locator(".detail .table button").first.click()
         until(page, lambda: page.inner_text(".detail h2").startswith("Block"))
         assert page.locator(".detail li").count() == 4
@@ -354,7 +359,7 @@ def test_four_answers_of_a_model_stand_side_by_side(llm: RunningServer, open_pag
     facts = page.locator("article[aria-label=assistant] .facts").all_inner_texts()
     assert "0 of" not in facts[-1], "the branch begins with blocks of the answer before"
     assert "shared blocks" in facts[-1]
-    picture(page, "page-chat.png")
+    picture(page, "page-chat.png", height=820)
 
 
 def test_a_killed_engine_is_a_pause(llm: RunningServer, open_page: Any) -> None:

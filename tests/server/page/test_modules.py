@@ -27,7 +27,7 @@ EXPECTED: dict[str, Any] = {
     ],
     "rates come from differences, and start again with an engine": [20, 4, 0.25, 0.25, 100, None, False],
     "every reason of a miss is a sentence": True,
-    "lines stay inside their chart": "M0.0 42.0H220.0V2.0",
+    "lines stay inside their chart": "M0.0 42.0H220.0V2.0H220",
     "wrong parameters are named": [
         ["Answers", "Temperature", "Top-p", "JSON", "JSON", "Tools", "Max"],
         {"n": 2, "stop": ["a", "b"], "tools": []},

@@ -26,10 +26,13 @@ _SHA256_DIGITS, _GIT_DIGITS = 64, 40
 
 
 def cache_folder() -> Path:
-    """The folder of the hub's cache."""
+    """The folder of the hub's cache. Raises `CheckpointError` if there is none."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    try:
+        return Path(constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError:
+        raise CheckpointError("there is no home folder to keep models in; set HOME, or HF_HOME to a folder") from None
 
 
 def download(name: HubName, *, check_all: bool = False, weights: bool = True) -> Path:

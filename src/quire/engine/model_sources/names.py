@@ -9,6 +9,7 @@ from quire.errors import CheckpointError
 PACKAGE_PREFIX = "pypi:"
 _PACKAGE = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]*))?")
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
+_ADDRESS = re.compile(r"(?:\w+://)?(?:huggingface|hf)\.co/([\w.-]+/[\w.-]+)|\w+://", re.ASCII)
 _GGUF_FILE = re.compile(r"[\w.-]+\.gguf", re.ASCII | re.IGNORECASE)
 
 
@@ -57,9 +58,13 @@ def parse_name(model: str, revision: str | None = None) -> ModelName:
         return SHORT_NAMES[model]
     if model.startswith(PACKAGE_PREFIX):
         return _parse_package(model, revision)
+    if found := _ADDRESS.match(model):
+        name = found[1] or "org/name"
+        raise CheckpointError(f"{model} is an address; of a model on the hub give the name alone, such as {name}")
     place, colon, file = model.partition(":")
     if bool(colon) != model.lower().endswith(".gguf") or (colon and not _GGUF_FILE.fullmatch(file)):
-        raise CheckpointError(f"{model} is no file here; for a GGUF file of the hub give org/name:FILE.gguf")
+        tags = "; Quire knows no tags as Ollama has" if colon else ""
+        raise CheckpointError(f"{model} is no file here; for a GGUF file of the hub give org/name:FILE.gguf{tags}")
     repository, at, own = place.partition("@")
     if not _REPOSITORY.fullmatch(repository) or (at and not own):
         raise CheckpointError(

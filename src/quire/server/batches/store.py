@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from quire.errors import ConfigError
+from quire.option_values import expand_home
 from quire.server.auth import Client
 from quire.server.batches.objects import ENDED, Batch, FileObject
 from quire.server.transaction import transaction
@@ -48,7 +49,7 @@ class BatchStore:
         """Opens or makes the store, which errors call `name`. Raises `ConfigError` if it cannot be used, or another
         process uses it."""
         self.name = name
-        self._folder = Path(folder).expanduser()
+        self._folder = expand_home(folder)
         try:
             self._files = self._folder / "files"
             self._files.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -5,6 +5,7 @@ import { h, short, svg } from "./dom.js";
 const WIDTH = 220;
 const HEIGHT = 44;
 const SPAN_MS = 60_000;
+const SHORTEST_SPAN_MS = 5_000;
 
 const percent = (value) => `${short(100 * value)} %`;
 const CHARTS = [
@@ -51,20 +52,28 @@ export class Charts {
         element: h("figure", {}, h("figcaption", {}, `${chart.title} `, number), drawing),
       };
     });
+    this.span = h("p", { class: "hint" });
     this.element = h(
       "div",
-      { class: "charts" },
-      this.charts.map(({ element }) => element),
+      {},
+      h(
+        "div",
+        { class: "charts" },
+        this.charts.map(({ element }) => element),
+      ),
+      this.span,
     );
   }
 
   draw(pool, now) {
     const points = pool.points.filter(({ at }) => now - at < SPAN_MS);
+    const span = Math.min(SPAN_MS, Math.max(SHORTEST_SPAN_MS, now - (points[0]?.at ?? now)));
+    this.span.textContent = `The charts show the last ${short(span / 1000)} seconds.`;
     for (const chart of this.charts) {
       const values = points.flatMap((point) => chart.lines.map(([name]) => point[name] ?? 0));
       const top = chart.top ?? Math.max(1e-9, ...values);
       const paths = chart.lines.map(([name], index) =>
-        svg("path", { class: `line${index}`, d: pathOf(points, name, top, now) }),
+        svg("path", { class: `line${index}`, d: pathOf(points, name, top, now, span) }),
       );
       chart.number.textContent = chart.lines
         .map(([name, label]) => `${label} ${latest(points, name, chart.show)}`.trim())
@@ -81,14 +90,14 @@ function latest(points, name, show) {
   return point ? show(point[name]) : "–";
 }
 
-/** The line of one number. It is a staircase: a value holds until the next one. */
-export function pathOf(points, name, top, now) {
+/** The line of one number over the last `span` milliseconds. It is a staircase: a value holds until the next one. */
+export function pathOf(points, name, top, now, span) {
   let path = "";
   for (const point of points) {
     if (point[name] === null || point[name] === undefined) continue;
-    const x = WIDTH * (1 - (now - point.at) / SPAN_MS);
+    const x = WIDTH * (1 - (now - point.at) / span);
     const y = HEIGHT - 2 - (HEIGHT - 4) * Math.min(1, point[name] / top);
     path += path ? `H${x.toFixed(1)}V${y.toFixed(1)}` : `M${x.toFixed(1)} ${y.toFixed(1)}`;
   }
-  return path;
+  return path && `${path}H${WIDTH}`;
 }
