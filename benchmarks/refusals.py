@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="in which refusals are measured, in each turn")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--clients", type=int, default=1, help="threads that measure; each may wait for the others")
+    parser.add_argument("--clients", type=int, default=2, help="threads that measure; each may wait for the others")
     given = parser.parse_args()
 
     def work(server: Server, generator: Generator) -> None:
