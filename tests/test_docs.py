@@ -16,7 +16,7 @@ PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")]
 )
 GENERATED = {ROOT / f"docs/{name}.md" for name in ("clients", "models", "paper", "published-flaws")}
-MAX_WORDS = 20_500
+MAX_WORDS = 21_200
 """Of README, CONTRIBUTING and docs without decisions, whose number grows; each of those has a limit of its own."""
 MAX_DECISION_LINES = 15
 
