@@ -180,6 +180,8 @@ def make_vision_checkpoint(folder: Path, family: str, text: dict[str, Any] | Non
                 if not any(part in name for part in ("language_model", "text_model", "lm_head")):
                     parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name and name.endswith("weight")))
     model.generation_config.eos_token_id = 258
+    with torch.no_grad():  # an answer with an image's token would be one image too many for transformers
+        model.get_output_embeddings().weight[IMAGE] = 0
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_PROCESSORS[family]))
     marker = "<start_of_image>" if family == "gemma3" else "<image>"
