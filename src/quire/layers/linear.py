@@ -76,8 +76,7 @@ class Linear:
 
     Several weights [N_i, K] make one layer that puts their outputs side by side. They are copied; a bias is float32
     whatever the dtype. What comes before a layer is one kernel with it where it works row by row: a norm (`Normed`) and
-    the activation or gate of an MLP
-    (`after_activation`, `after_gate`).
+    the activation or gate of an MLP (`after_activation`, `after_gate`).
     """
 
     __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
