@@ -118,8 +118,10 @@ def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
     )
     if captures:  # a CPU has no backend that plans captured steps
         runner._device_sampling._sampler._kernels = HostKernels()  # type: ignore[union-attr]
-        runner._plan_attention = lambda steps, **options: (  # type: ignore[assignment]
-            AttentionPlan(*map(torch.from_numpy, steps[0][:4]), window=0),
+        runner._plan_attention = (
+            lambda steps, **options: (  # type: ignore[assignment]
+                AttentionPlan(*map(torch.from_numpy, steps[0][:4]), window=0),
+            )
         )
     return runner
 
