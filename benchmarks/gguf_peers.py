@@ -8,7 +8,6 @@
 import argparse
 import os
 import resource
-import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from benchmarks.rates import (
     STREAM,
     STREAMS,
     Rate,
+    print_in_turns,
     rates_of,
 )
 from quire import LLM, SamplingParams
@@ -42,14 +42,8 @@ def main() -> None:
     for file in options.files:
         ours, theirs = quire_rates(file), llama_rates(file, options.llama)
         for name in options.only:
-            pairs = [(ours[name](), theirs[name]()) for _ in range(options.rounds)]
-            medians = [statistics.median(pair[side] for pair in pairs) for side in (0, 1)]
-            ratio = statistics.median(a / b for a, b in pairs)
-            print(
-                f"{file.name}, {name}: Quire {medians[0]:.1f}, llama.cpp {medians[1]:.1f} tokens per CPU second, "
-                f"ratio {ratio:.2f}; load average {os.getloadavg()[0]:.1f}",
-                flush=True,
-            )
+            rates = {"Quire": ours[name], "llama.cpp": theirs[name]}
+            print_in_turns(f"{file.name}, {name}", rates, options.rounds)
 
 
 def quire_rates(file: Path) -> dict[str, Rate]:

@@ -9,7 +9,6 @@ benchmarks.peers.prepare DIR`; adapters have rank 16 and change every dense laye
 import argparse
 import os
 import random
-import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from benchmarks.lora import write_adapter
 from benchmarks.peers.engines import ENGINES, model_path
 from benchmarks.peers.worker import Worker
 from benchmarks.peers.workloads import TOKEN_IDS, WorkRequest
+from benchmarks.rates import Rate, print_in_turns
 from quire.model_config import ModelConfig
 
 Adapter = tuple[str, int, str]
@@ -90,19 +90,19 @@ def measure(
     for worker in workers.values():  # loads the hot adapters
         worker.run([replace(each, num_output_tokens=2) for each in requests(list(kinds.values())[2]())])
     for kind, choose in kinds.items():
-        rates: dict[str, list[float]] = {name: [] for name in workers}
-        for _ in range(turns):
-            chosen = requests(choose())
-            for name, worker in workers.items():
-                rates[name].append(NUM_REQUESTS * num_tokens / worker.run(chosen).cpu_seconds)
-        first = next(iter(rates.values()))
-        for name, found in rates.items():
-            ratio = statistics.median(ours / theirs for ours, theirs in zip(first, found, strict=True))
-            print(
-                f"{kind}, {name}: {statistics.median(found):.1f} tokens per CPU second, {ratio:.2f}; load average "
-                f"{os.getloadavg()[0]:.1f}",
-                flush=True,
-            )
+        chosen = [requests(choose()) for _ in range(turns)]
+        print_in_turns(kind, {name: _rate(worker, chosen) for name, worker in workers.items()}, turns)
+
+
+def _rate(worker: Worker, turns: list[list[WorkRequest]]) -> Rate:
+    """Tokens per CPU second of the next turn's requests."""
+    waiting = iter(turns)
+
+    def measure() -> float:
+        requests = next(waiting)
+        return sum(each.num_output_tokens for each in requests) / worker.run(requests).cpu_seconds
+
+    return measure
 
 
 if __name__ == "__main__":

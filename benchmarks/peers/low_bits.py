@@ -9,7 +9,6 @@ import argparse
 import os
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from benchmarks.peers.engines import ENGINES, EngineRow
 from benchmarks.peers.worker import Worker, WorkerEnded
 from benchmarks.peers.workloads import TOKEN_IDS, WorkRequest
-from benchmarks.rates import rates_of
+from benchmarks.rates import print_in_turns, rates_of
 from tests.models.stored.packers import (
     Case,
     awq,
@@ -116,18 +115,7 @@ def measure(name: str, workers: dict[str, Worker], turns: int) -> None:
     for worker in workers.values():
         worker.run([WorkRequest(list(TOKEN_IDS[:16]), 4)] * 16)
     for what in next(iter(by_engine.values()), ()):
-        found = {engine: list[float]() for engine in workers}
-        for _ in range(turns):
-            for engine, each in by_engine.items():
-                found[engine].append(each[what]())
-        first = next(iter(found.values()))
-        for engine, values in found.items():
-            ratio = statistics.median(ours / theirs for ours, theirs in zip(first, values, strict=True))
-            print(
-                f"{name}, {what}, {engine}: {statistics.median(values):.1f} tokens per CPU second, {ratio:.2f}; load "
-                f"average {os.getloadavg()[0]:.1f}",
-                flush=True,
-            )
+        print_in_turns(f"{name}, {what}", {engine: each[what] for engine, each in by_engine.items()}, turns)
 
 
 def _run(worker: Worker) -> Callable[[int, int, int], float]:
