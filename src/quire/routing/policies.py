@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop
 from typing import Protocol
 
 from quire.routing.prefix_index import ANY_REPLICA, DEVICE, BlockKey, PrefixIndex
@@ -82,10 +83,14 @@ class LeastWork:
         limit += savings.least_cost()
         near = [(totals[place], place) for place, cost in enumerate(costs) if cost <= limit]
         near += [(totals[place], place) for place in savings.holders if limit < costs[place] <= limit + savings.most]
-        near.sort()
-        # Where a replica has lost blocks in the middle of a prompt, perhaps none is as good as it seemed.
-        found = (place for _, place in near if costs[place] <= limit or savings.bring_below(limit, place))
-        return replicas[next(found, near[0][1])]
+        heapify(near)  # mostly the first will do, so sorting all would be wasted
+        best = near[0][1]
+        while near:
+            _, place = heappop(near)
+            if costs[place] <= limit or savings.bring_below(limit, place):
+                return replicas[place]
+        # A replica has lost blocks in the middle of the prompt: none is as good as it seemed.
+        return replicas[best]
 
 
 class _Savings:
@@ -127,14 +132,21 @@ class _Savings:
         if not self._has_lower_tiers:  # one that holds the longest prefix is a good first guess
             last = find(blocks[self._longest - 1]) or 0
             firsts = [costs[place] for place in self.holders if last >> numbers[place] & 1]
-            least = min([least, *(cost - most for cost in firsts)])
-        for cost, place in sorted([(costs[place], place) for place in self.holders if costs[place] - least < most]):
-            gap = cost - least
-            if gap >= most:
-                break
-            # To cost less than the least so far it must save more than the gap.
+            least = min(least, min(firsts, default=math.inf) - most)
+        rivals = [(costs[place], place) for place in self.holders if costs[place] - least < most]
+        heapify(rivals)
+        able = sum([1 << numbers[place] for _, place in rivals])
+        while able:
+            cost, place = heappop(rivals)
+            bit, gap = 1 << numbers[place], cost - least
+            if not able & bit:
+                continue
+            # To cost less than the least so far it must save more than the gap, and the next ones more than that. So a
+            # replica without this block is out.
             needed = int(gap / size) if gap > 0 else 0
-            if (find(blocks[needed]) or 0) >> numbers[place] & 1:
+            able &= (find(blocks[needed]) or 0) if needed < self._longest else 0
+            if able & bit:
+                able ^= bit
                 least = min(least, cost - self._saved(numbers[place], needed + 1))
         return least
 
