@@ -183,7 +183,7 @@ async def inflict(fault: str, pid: int, engine: AsyncLLM) -> None:
 async def kill_and_shut_down(clients: Clients, expected: dict[tuple[str, int], Any], tally: Tally) -> None:
     """Kill the engine at the moment of its shutdown, which still waits for what runs."""
     streams = [asyncio.create_task(stream(clients, expected, tally, 0.0)) for _ in range(LAST_STREAMS)]
-    while not clients.engine.stats.num_running:
+    while not clients.engine.stats.num_running and not all(each.done() for each in streams):
         await asyncio.sleep(0.01)
     os.kill(clients.engine.engine_pid, signal.SIGKILL)
     await clients.engine.shutdown(drain_seconds=300.0)
