@@ -54,4 +54,5 @@ def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Pa
         rounded = oracle.bfloat16()(torch.tensor([ids])).logits[0].float()
     model = PagedModel(folder, "bfloat16", kv_dtype=torch.bfloat16)
     found = torch.cat([model.step({0: ids[begin:end]})[0] for begin, end in ((0, 33), (33, 34), (34, 90))])
-    assert (found - truth).abs().mean() < (rounded - truth).abs().mean()
+    # The median of tokens: rounding may send single tokens to another expert, here as there.
+    assert (found - truth).abs().mean(1).median() < (rounded - truth).abs().mean(1).median()

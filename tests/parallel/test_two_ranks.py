@@ -12,6 +12,7 @@ import pytest
 from quire import LLM, AsyncLLM, ConfigError, EngineConfig, SamplingParams
 from quire.outputs import RequestOutput
 from tests.checkpoints import make_checkpoint
+from tests.engine.serving import until
 
 OPTIONS: dict[str, Any] = {"num_blocks": 60, "max_model_len": 256, "threads": 1, "dtype": "float32"}
 PROMPTS = [list(range(5, 75)), [3, 4, 5]]
@@ -63,7 +64,7 @@ def test_tokens_equal_one_ranks_and_a_killed_rank_costs_no_request(option: str, 
             await begun.wait()
             os.kill(child_of(first), signal.SIGKILL)
             assert await asyncio.gather(*asked) == expected
-            assert engine.engine_pid != first, "the group was replaced"
+            await until(lambda: engine.engine_pid != first)  # the group is replaced, even if all was answered by then
             assert engine.stats.num_used_blocks == 0
         finally:
             await engine.shutdown()

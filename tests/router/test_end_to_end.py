@@ -95,7 +95,7 @@ def check_that_leaving_frees_the_engine(server: Process, router: Process) -> Non
     body = {"prompt": "To be, or not to be", "max_tokens": 1000, "ignore_eos": True, "temperature": 0}
     for stream in (True, False):
         connections = [open_request(router.port, {**body, "stream": stream}) for _ in range(8)]
-        await_figures(server.url, lambda running, usage: running == 8 and usage > 0)
+        await_figures(server.url, lambda running, usage: running > 0 and usage > 0)
         for each in connections:
             each.close()
         await_figures(server.url, lambda running, usage: running == 0 and usage == 0)

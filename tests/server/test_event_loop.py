@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -92,12 +92,18 @@ def test_other_threads_run_while_texts_are_tokenised_and_decoded() -> None:
     tokenizer = bundled_tokenizer()
     ids = [5, 6, 7] * 100_000
     for work in (lambda: tokenizer.encode("a" * 300_000), lambda: tokenizer.decode(ids)):
-        thread = threading.Thread(target=work)
-        begin = last = time.perf_counter()
-        longest = 0.0
-        thread.start()
-        while thread.is_alive():
-            time.sleep(0)
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
-        assert longest < 0.5 * (time.perf_counter() - begin)
+        # On a busy machine the system, too, stops this thread. It does not do so each time.
+        assert min(longest_stop(work) for _ in range(5)) < 0.5
+
+
+def longest_stop(work: Callable[[], object]) -> float:
+    """The longest time in which another thread's work let this one not run, as a share of the work's time."""
+    thread = threading.Thread(target=work)
+    begin = last = time.perf_counter()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest / (last - begin)
