@@ -112,7 +112,7 @@ def deploy(options: Mapping[str, Any]) -> None:
         serve.run(make_application(options), name=APP_NAME, route_prefix="/")
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         raise EngineDeadError(
-            f"the replicas did not start: {_reason(error)}; `serve status` and the Ray logs say more"
+            f"the replicas did not start: {_reason(f'{error} {_messages()}')}; `serve status` and the Ray logs say more"
         ) from None
 
 
@@ -151,11 +151,20 @@ def _running_address() -> tuple[str, int] | None:
     return config.host, config.port
 
 
+def _messages() -> str:
+    """What Serve says of the application's deployments: the stack traces of replicas that failed."""
+    try:
+        application = serve.status().applications.get(APP_NAME)
+    except (RuntimeError, ray.exceptions.RayError):  # the head node is dead
+        return ""
+    return " ".join(each.message for each in application.deployments.values()) if application else ""
+
+
 def _url(host: str, port: int) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | str) -> str:
     """One line of a few hundred characters: Ray's messages hold whole stack traces, with our error at their end."""
     if own := re.findall(r"quire\.errors\.\w+: (.+)", str(error)):
         return str(own[-1])[:600]
