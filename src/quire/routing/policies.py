@@ -113,8 +113,8 @@ class _Savings:
         """`costs` has one for each replica, without savings; `holders` a bit for each that holds the first block."""
         self._blocks, self._size = prompt.blocks, prompt.block_size
         self._costs = costs
-        self._numbers = [replica.number for replica in replicas]
-        self.holders = [place for place, number in enumerate(self._numbers) if holders >> number & 1]
+        self._bits = [1 << replica.number for replica in replicas]
+        self.holders = [place for place, bit in enumerate(self._bits) if holders & bit]
         """Places of the replicas that save anything."""
         self._index, self._find = index, index.finder()
         self._has_lower_tiers = index.has_lower_tiers
@@ -127,18 +127,18 @@ class _Savings:
 
     def least_cost(self) -> float:
         """The least cost of all replicas when each has its savings taken off."""
-        costs, numbers, size, most = self._costs, self._numbers, self._size, self.most
+        costs, bits, size, most = self._costs, self._bits, self._size, self.most
         find, blocks, least = self._find, self._blocks, min(costs)
         if not self._has_lower_tiers:  # one that holds the longest prefix is a good first guess
             last = find(blocks[self._longest - 1]) or 0
-            firsts = [costs[place] for place in self.holders if last >> numbers[place] & 1]
+            firsts = [costs[place] for place in self.holders if last & bits[place]]
             least = min(least, min(firsts, default=math.inf) - most)
         rivals = [(costs[place], place) for place in self.holders if costs[place] - least < most]
         heapify(rivals)
-        able = sum([1 << numbers[place] for _, place in rivals])
+        able = sum([bits[place] for _, place in rivals])
         while able:
             cost, place = heappop(rivals)
-            bit, gap = 1 << numbers[place], cost - least
+            bit, gap = bits[place], cost - least
             if not able & bit:
                 continue
             # To cost less than the least so far it must save more than the gap, and the next ones more than that. So a
@@ -147,25 +147,25 @@ class _Savings:
             able &= (find(blocks[needed]) or 0) if needed < self._longest else 0
             if able & bit:
                 able ^= bit
-                least = min(least, cost - self._saved(numbers[place], needed + 1))
+                least = min(least, cost - self._saved(bit, needed + 1))
         return least
 
     def bring_below(self, limit: float, place: int) -> bool:
         """Whether a replica that costs more than `limit` without savings costs at most that with them."""
-        cost, number = self._costs[place], self._numbers[place]
+        cost, bit = self._costs[place], self._bits[place]
         needed = math.ceil((cost - limit) / self._size)
         if needed > self._longest:
             return False
         block = self._blocks[needed - 1]
-        if (self._find_fast(block) or 0) >> number & 1:
+        if (self._find_fast(block) or 0) & bit:
             return True
-        if not (self._has_lower_tiers and (self._find(block) or 0) >> number & 1):
+        if not (self._has_lower_tiers and (self._find(block) or 0) & bit):
             return False
-        return cost - self._saved(number, needed) <= limit
+        return cost - self._saved(bit, needed) <= limit
 
-    def _saved(self, number: int, least: int) -> float:
-        """Tokens that a replica saves; it holds at least `least` blocks."""
-        bit, length = 1 << number, self._index.prefix_length
+    def _saved(self, bit: int, least: int) -> float:
+        """Tokens that a replica saves, given as its bit; it holds at least `least` blocks."""
+        length = self._index.prefix_length
         held = length(bit, self._blocks, least=least, most=self._longest)
         if not self._has_lower_tiers:
             return float(held * self._size)
