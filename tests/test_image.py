@@ -60,7 +60,7 @@ STAND_IN = """
 mkdir -p {0}/root/opt
 {1} -m venv --without-pip {0}/root/opt/quire
 printf '/lent/packages\\n/lent/src\\n' > {0}/root/opt/quire/lib/python{2}/site-packages/borrowed.pth
-printf '#!/opt/quire/bin/python\\nfrom quire.cli import main\\nmain()\\n' > {0}/root/opt/quire/bin/quire
+printf '#!/opt/quire/bin/python\\nfrom quire.__main__ import main\\nmain()\\n' > {0}/root/opt/quire/bin/quire
 chmod +x {0}/root/opt/quire/bin/quire
 """
 LENT = """

@@ -36,7 +36,7 @@ def project() -> dict[str, Any]:
 
 def test_the_distribution_has_its_own_name(project: dict[str, Any]) -> None:
     assert project["project"]["name"] == "quire-llm"
-    assert project["project"]["scripts"] == {"quire": "quire.cli:main"}
+    assert project["project"]["scripts"] == {"quire": "quire.__main__:main"}
     assert project["tool"]["scikit-build"]["wheel"]["packages"] == ["src/quire"]
     assert "build-dir" not in project["tool"]["scikit-build"], "two builds in one checkout would meet there"
 

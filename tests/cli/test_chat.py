@@ -53,6 +53,19 @@ def test_conversation(say: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert engine.calls[0].params.max_tokens == 99
 
 
+def test_brackets_are_text(say: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ScriptedEngine(max_model_len=4096)
+    with RunningServer(engine) as server:
+        say("/system Answer in [/b] and [red]tags[/red]", "Hello [/i]", "/no[/b]", "/exit")
+        assert run(["chat", "--url", f"{server.url}/v1"]) == 0
+        say("/exit")
+        assert run(["chat", "a[/b]", "--url", f"{server.url}/v1"]) == 0
+    shown = capsys.readouterr().out
+    assert "system prompt: Answer in [/b] and [red]tags[/red]" in shown
+    assert "a[/b]" in shown
+    assert "<|user|>Hello [/i]" in prompts(engine)[0]
+
+
 def test_a_refusal_does_not_end_it(say: Any, capsys: pytest.CaptureFixture[str]) -> None:
     engine = ScriptedEngine(full=True)
     say("Hello", KeyboardInterrupt())

@@ -1,7 +1,9 @@
 """The command line from outside: speed of --help and --version, errors in one line, statuses, closed pipes."""
 
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -192,7 +194,26 @@ def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         script = capsys.readouterr().out
         assert "--url" in script.replace("-l 'url'", "--url").replace("-l url", "--url"), shell
         assert "List the requests" in script or shell == "bash"
+        if shell == "zsh":
+            assert "]:url:_files' " in script
+            assert re.search(r"'1:[^:]+:_files' ", script)
+            assert "_files:_files" not in script
+        if shell == "bash" and shutil.which("bash"):
+            assert completed(script, "quire ps --u") == ["--url"]
+            assert completed(script, "quire completion ") == ["bash", "zsh", "fish"]
     assert run(["completion", "tcsh"]) == 2
+
+
+def completed(script: str, line: str) -> list[str]:
+    """What bash offers at the end of `line`. Where it offers nothing, it goes on to names of files."""
+    *before, last = line.split(" ")
+    words = shlex.join([*before, last])
+    ask = f"COMP_WORDS=({words}); COMP_CWORD={len(before)}; _quire quire {last!r} {before[-1]!r}"
+    shown = 'complete -p quire; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}\n{shown}"], capture_output=True, text=True, check=True)
+    registered, *offered = done.stdout.splitlines()
+    assert registered == "complete -o default -F _quire quire"
+    return offered
 
 
 def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:

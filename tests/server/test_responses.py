@@ -1,6 +1,10 @@
 """/v1/responses through the openai client."""
 
 import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -353,19 +357,74 @@ def stored(number: int, status: str = "completed", previous: str | None = None, 
 
 def test_a_file_keeps_responses_and_ends_interrupted_ones(tmp_path: Path) -> None:
     path = str(tmp_path / "folder" / "responses.db")
-    store = ResponseStore(path, 10**6)
-    asyncio.run(store.save("", stored(1)))
-    asyncio.run(store.save("", stored(2, "in_progress", "resp_1")))
+    dies = f"""if True:
+        import asyncio, os
+        from quire.server.responses.store import ResponseStore
+        from tests.server.test_responses import stored
+        store = ResponseStore({path!r}, 10**6)
+        asyncio.run(store.save("", stored(1)))
+        asyncio.run(store.save("", stored(2, "in_progress", "resp_1")))
+        os.kill(os.getpid(), 9)"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", dies], env=environment, timeout=120).returncode == -9
     again = ResponseStore(path, 10**6)
     first, second = (asyncio.run(again.load("", f"resp_{number}")) for number in (1, 2))
     assert first == stored(1)
     assert second is not None
     assert second.response.status == "failed"
     assert len(asyncio.run(again.history("", "resp_2"))) == 2
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "folder").iterdir()}
+    assert set(modes.values()) == {0o600}, modes
     (tmp_path / "text").write_text("no database" * 100)
     for wrong in (tmp_path / "text", tmp_path, tmp_path / "text" / "x"):
         with pytest.raises(ConfigError, match="responses_store"):
             ResponseStore(str(wrong), 10**6)
+
+
+def test_several_servers_share_a_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "responses.db")
+
+    async def scenario() -> None:
+        first = ResponseStore(path, 10**6)
+        await first.save("", stored(1, "in_progress"))
+        second = ResponseStore(path, 10**6)
+        assert await second.load("", "resp_1") == stored(1, "in_progress")  # its server lives
+        await first.save("", stored(1))
+        assert await second.load("", "resp_1") == stored(1)
+        for number in range(60):  # both count what both keep
+            await (first, second)[number % 2].save("", stored(number, size=50_000))
+        kept = [await first.load("", f"resp_{number}") is not None for number in range(60)]
+        assert 4 <= sum(kept) <= 19  # 10**6 bytes; the 16 oldest go at a time
+        assert kept[-1]
+
+    asyncio.run(scenario())
+
+
+def test_a_file_of_an_older_version(tmp_path: Path) -> None:
+    path = str(tmp_path / "responses.db")
+    asyncio.run(ResponseStore(path, 10**6).save("", stored(1, "in_progress", size=1000)))
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE responses DROP COLUMN owner")
+        database.execute("DROP TABLE kept")
+    database.close()
+    store = ResponseStore(path, 10**6)
+    found = asyncio.run(store.load("", "resp_1"))
+    assert found is not None
+    assert found.response.status == "failed"
+
+
+def test_a_server_leaves_what_another_generates(engine: ScriptedEngine, tmp_path: Path) -> None:
+    engine.delay, engine.endless, engine.max_model_len = 0.01, True, 2**20
+    settings = ServerSettings(port=0, responses_store=str(tmp_path / "responses.db"))
+    with RunningServer(engine, settings) as one, RunningServer(ScriptedEngine(), settings) as other:
+        queued = one.client().responses.create(model="scripted", input="x", max_output_tokens=10**5, background=True)
+        assert other.client().responses.retrieve(queued.id).status in ("queued", "in_progress")
+        for change in (other.client().responses.cancel, other.client().responses.delete):
+            with pytest.raises(BadRequestError, match="this server does not generate"):
+                change(queued.id)
+        one.client().responses.cancel(queued.id)
+        assert other.client().responses.cancel(queued.id).status == "cancelled"
+        other.client().responses.delete(queued.id)
 
 
 def test_the_oldest_make_room() -> None:

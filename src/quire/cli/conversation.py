@@ -10,6 +10,7 @@ import sys
 from contextlib import aclosing, suppress
 
 from rich.console import Console
+from rich.markup import escape
 
 from quire.cli.partners import Messages, Partner
 from quire.errors import QuireError
@@ -42,7 +43,7 @@ class Conversation:
         self._typed = sys.stdin.isatty()
         if self._typed:
             _load_history()
-            self._console.print(f"[bold]{self._name}[/]  [dim]{HELP}[/]")
+            self._console.print(f"[bold]{escape(self._name)}[/]  [dim]{HELP}[/]")
         while (line := self._ask()) is not None:
             if not line:
                 continue
@@ -96,7 +97,7 @@ class Conversation:
                 self._console.print("[dim]new conversation[/]")
             case "/system":
                 self._system = rest.strip() or None
-                self._console.print(f"[dim]system prompt: {self._system or 'none'}[/]", markup=True)
+                self._console.print(f"system prompt: {self._system or 'none'}", style="dim", markup=False)
             case "/help":
                 self._console.print(f"[dim]{HELP}[/]")
             case _:

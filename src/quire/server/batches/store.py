@@ -17,7 +17,7 @@ from quire.errors import ConfigError
 from quire.option_values import expand_home
 from quire.server.auth import Client
 from quire.server.batches.objects import ENDED, Batch, FileObject
-from quire.server.transaction import transaction
+from quire.server.transaction import make_private, transaction
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -53,9 +53,9 @@ class BatchStore:
         try:
             self._files = self._folder / "files"
             self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = sqlite3.connect(
-                self._folder / "batches.sqlite3", isolation_level=None, check_same_thread=False, timeout=0.5
-            )
+            database = self._folder / "batches.sqlite3"
+            make_private(database)
+            self._db = sqlite3.connect(database, isolation_level=None, check_same_thread=False, timeout=0.5)
             # One process owns a store: two would answer the same lines.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")

@@ -2,4 +2,5 @@
 
 protocol.py     bodies    items.py      from items to messages    renderer.py   from an Answer to items and events
 store.py        kept responses (SQLite)    runs.py      responses in the background    endpoints.py    the routes
+owners.py       servers that share a store
 """

@@ -40,7 +40,7 @@ from quire.server.responses.protocol import (
 )
 from quire.server.responses.renderer import ResponseRenderer
 from quire.server.responses.runs import Run
-from quire.server.responses.store import StoredResponse
+from quire.server.responses.store import RUNNING, StoredResponse
 from quire.server.store_faults import RetryPause, StoreFailedError
 from quire.server.streaming import StreamForm
 from quire.server.tools.request import check_count
@@ -49,7 +49,6 @@ T = TypeVar("T")
 Save = Callable[[ResponseObject], Awaitable[None]]
 
 _REFUSED = ("conversation", "prompt", "context_management", "moderation")
-_RUNNING = ("queued", "in_progress")
 _MAX_PAGE = 100
 _ATTEMPTS = 6
 """Attempts to keep the end of a response that runs in the background: for a minute."""
@@ -146,7 +145,7 @@ async def get_response(context: RequestContext) -> None:
 
 async def delete_response(context: RequestContext) -> None:
     response_id = context.path_params["response_id"]
-    run = context.services.runs.find(context.client.account, response_id)
+    run = _run_here(context, (await _find(context)).response)
     if run is not None:
         await context.services.runs.cancel(run)
     if not await context.services.responses.delete(context.client.account, response_id):
@@ -158,11 +157,23 @@ async def cancel_response(context: RequestContext) -> None:
     stored = await _find(context)
     if not stored.response.background:
         raise RequestError("only a response that was created with background can be cancelled", param="response_id")
-    run = context.services.runs.find(context.client.account, stored.response.id)
+    run = _run_here(context, stored.response)
     if run is not None and not run.finished:
         await context.services.runs.cancel(run)
         stored = await _find(context)
     await context.reply(stored.response)
+
+
+def _run_here(context: RequestContext, response: ResponseObject) -> Run | None:
+    """The run of a response that may still be changed. Raises `RequestError` if a server that
+    shares the store generates it."""
+    run = context.services.runs.find(context.client.account, response.id)
+    if run is None and response.status in RUNNING and response.background:
+        raise RequestError(
+            f"this server does not generate {response.id!r}; send this to the one that does, or wait until it ends",
+            param="response_id",
+        )
+    return run
 
 
 async def list_input_items(context: RequestContext) -> None:
@@ -193,7 +204,7 @@ async def _saved(
     """`events`, with the response saved before the client learns that it is complete."""
     async with aclosing(events):
         async for event in events:
-            if renderer.response.status not in _RUNNING:
+            if renderer.response.status not in RUNNING:
                 await save(renderer.response)
             yield event
 
@@ -218,7 +229,7 @@ async def _start(
         try:
             async with aclosing(answer.events(engine)) as events:
                 async for event in events:
-                    if renderer.response.status not in _RUNNING:
+                    if renderer.response.status not in RUNNING:
                         await _keep_patiently(keep, renderer.response)
                     run.add(event)
         except Exception as error:

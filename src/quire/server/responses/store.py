@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from quire.errors import ConfigError, RequestError
+from quire.server.responses.owners import Owners
 from quire.server.responses.protocol import ResponseError, ResponseObject
 from quire.server.store_faults import store_faults
-from quire.server.transaction import transaction
+from quire.server.transaction import make_private, transaction
 
 logger = logging.getLogger("quire.server")
 
@@ -31,13 +32,15 @@ _SHARED_CHARS = 24
 """Characters of a response's id that are also in the ids of its items."""
 MAX_CHAIN = 1000
 """Most responses in one conversation."""
-_TABLE = """
-CREATE TABLE IF NOT EXISTS responses (
+_TABLES = (
+    """CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, account TEXT NOT NULL, created REAL NOT NULL, previous TEXT, status TEXT NOT NULL,
-    body BLOB NOT NULL, items BLOB NOT NULL, size INTEGER NOT NULL
-);
-CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created);
-"""
+    body BLOB NOT NULL, items BLOB NOT NULL, size INTEGER NOT NULL, owner INTEGER)""",
+    "CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created)",
+    "CREATE TABLE IF NOT EXISTS kept (bytes INTEGER NOT NULL)",
+)
+"""`owner` is the server that makes a response. `kept` has one row, the sum of all sizes."""
+RUNNING = ("queued", "in_progress")
 _encode = msgspec.json.encode
 _decode_response = msgspec.json.Decoder(ResponseObject).decode
 _decode_items = msgspec.json.Decoder(list[dict[str, Any]]).decode
@@ -63,8 +66,8 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Keeps responses in the file `path`, or in memory if it is None, in `capacity` bytes of content at most. Every
-    method raises `StoreFailedError` if the file cannot be read or written."""
+    """Keeps responses in the file `path`, or in memory if it is None, in `capacity` bytes of content at most. Several
+    servers may share a file. Every method raises `StoreFailedError` if the file cannot be read or written."""
 
     def __init__(self, path: str | None, capacity: int) -> None:
         """Raises `ConfigError` for a file that is no database, or cannot be written."""
@@ -73,14 +76,25 @@ class ResponseStore:
         try:
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
+                make_private(Path(path))
             self._database = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
             weakref.finalize(self, self._database.close)
-            self._database.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; {_TABLE}")
-            self._fail_interrupted()
-            (size,) = self._database.execute("SELECT coalesce(sum(size), 0) FROM responses").fetchone()
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            with transaction(self._database):
+                self._make_tables()
+            self._owners = Owners(path)
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"responses_store {path}: {error}; give a file that can be written") from None
-        self._size = int(size)
+
+    def _make_tables(self) -> None:
+        for statement in _TABLES:
+            self._database.execute(statement)
+        columns = [row[1] for row in self._database.execute("PRAGMA table_info(responses)")]
+        if "owner" not in columns:  # a file of an older Quire
+            self._database.execute("ALTER TABLE responses ADD COLUMN owner INTEGER")
+        self._database.execute("DELETE FROM kept")
+        self._database.execute("INSERT INTO kept SELECT coalesce(sum(size), 0) FROM responses")
 
     async def save(self, account: str, stored: StoredResponse) -> None:
         """Add `stored`, or replace the response of the same id."""
@@ -92,7 +106,7 @@ class ResponseStore:
 
     async def delete(self, account: str, response_id: str) -> bool:
         """Remove the response of this id. Returns whether `account` had one."""
-        return await self._run(lambda: self._delete("id = ? AND account = ?", (response_id, account)) > 0)
+        return await self._run(lambda: self._delete_one(account, response_id))
 
     async def find_items(self, account: str, item_ids: Sequence[str]) -> list[Item]:
         """The items of these ids in the output of the account's responses. Raises `RequestError` for an id that none
@@ -114,13 +128,8 @@ class ResponseStore:
         return await asyncio.to_thread(locked)
 
     def _save(self, account: str, stored: StoredResponse) -> None:
-        size = self._size
-        try:
-            with transaction(self._database):
-                self._replace(account, stored)
-        except BaseException:
-            self._size = size
-            raise
+        with transaction(self._database):
+            self._replace(account, stored)
 
     def _replace(self, account: str, stored: StoredResponse) -> None:
         response = stored.response
@@ -133,18 +142,28 @@ class ResponseStore:
                 *(response.id, size, self._capacity),
             )
             return
-        while self._size + size > self._capacity:
+        while self._kept() + size > self._capacity:
             oldest = "id IN (SELECT id FROM responses ORDER BY created LIMIT 16)"
             if not self._delete(oldest, ()):
                 break
         row = (response.id, account, time.time(), response.previous_response_id, response.status, body, items, size)
-        self._database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-        self._size += size
+        self._database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, self._owners.own))
+        self._database.execute("UPDATE kept SET bytes = bytes + ?", (size,))
+
+    def _kept(self) -> int:
+        return int(self._database.execute("SELECT bytes FROM kept").fetchone()[0])
 
     def _load(self, account: str, response_id: str) -> StoredResponse | None:
-        query = "SELECT body, items FROM responses WHERE id = ? AND account = ?"
+        query = "SELECT body, items, owner FROM responses WHERE id = ? AND account = ?"
         row = self._database.execute(query, (response_id, account)).fetchone()
-        return StoredResponse(_decode_response(row[0]), _decode_items(row[1])) if row is not None else None
+        if row is None:
+            return None
+        body, items, owner = row
+        response = _decode_response(body)
+        if response.status in RUNNING and not self._owners.lives(owner):
+            response.status = "failed"
+            response.error = ResponseError("server_error", "the server ended while this response was generated")
+        return StoredResponse(response, _decode_items(items))
 
     def _find_items(self, account: str, item_ids: Sequence[str]) -> list[Item]:
         begins = dict.fromkeys(begin for item_id in item_ids if (begin := response_id_of(item_id)) is not None)
@@ -178,7 +197,7 @@ class ResponseStore:
                     param="previous_response_id",
                     code="previous_response_not_found",
                 )
-            if stored.response.status in ("queued", "in_progress"):
+            if stored.response.status in RUNNING:
                 raise RequestError(
                     f"previous_response_id: the response {wanted!r} is {stored.response.status}; wait until it ends",
                     param="previous_response_id",
@@ -188,19 +207,11 @@ class ResponseStore:
             wanted = stored.response.previous_response_id
         return [item for turn in reversed(turns) for item in (*turn.items, *turn.response.output)]
 
+    def _delete_one(self, account: str, response_id: str) -> bool:
+        with transaction(self._database):
+            return self._delete("id = ? AND account = ?", (response_id, account)) > 0
+
     def _delete(self, condition: str, values: Sequence[str]) -> int:
         rows = self._database.execute(f"DELETE FROM responses WHERE {condition} RETURNING size", values).fetchall()
-        self._size -= sum(size for (size,) in rows)
+        self._database.execute("UPDATE kept SET bytes = bytes - ?", (sum(size for (size,) in rows),))
         return len(rows)
-
-    def _fail_interrupted(self) -> None:
-        """Responses that ran when an earlier server ended will not finish."""
-        query = "SELECT id, body FROM responses WHERE status IN ('queued', 'in_progress')"
-        for response_id, body in self._database.execute(query).fetchall():
-            response = _decode_response(body)
-            response.status = "failed"
-            response.error = ResponseError("server_error", "the server ended while this response was generated")
-            self._database.execute(
-                "UPDATE responses SET status = ?, body = ? WHERE id = ?",
-                (response.status, _encode(response), response_id),
-            )
