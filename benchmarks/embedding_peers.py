@@ -85,6 +85,38 @@ def onnxruntime(model: Path, threads: int) -> Callable[[TokenIds], Any]:
     return embed
 
 
+def fastembed(model: Path, threads: int) -> Callable[[TokenIds], Any]:
+    """TextEmbedding over the same graph. Its tokenizer is left out, since every peer is given ids."""
+    import numpy as np
+    from fastembed import TextEmbedding  # type: ignore[import-not-found]
+    from fastembed.common.model_description import ModelSource, PoolingType  # type: ignore[import-not-found]
+
+    if not (model / "onnx" / "model.onnx").is_file():
+        export_onnx(model, model / "onnx" / "model.onnx")
+    TextEmbedding.add_custom_model(
+        model="local",
+        pooling=PoolingType.MEAN,
+        normalization=True,
+        sources=ModelSource(hf="local"),
+        dim=json.loads((model / "config.json").read_text())["hidden_size"],
+        model_file="onnx/model.onnx",
+    )
+    network = TextEmbedding("local", specific_model_path=str(model), threads=threads).model
+    network.tokenize = lambda texts, **_: [_Encoded(ids) for ids in texts]  # the others are given ids as well
+
+    def embed(texts: TokenIds) -> Any:
+        return np.array(list(network.embed(texts, batch_size=BATCH)))
+
+    return embed
+
+
+class _Encoded:
+    """What the tokenizer of fastembed makes of a text."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.attention_mask = ids, [1] * len(ids)
+
+
 def vllm(model: Path, threads: int) -> Callable[[TokenIds], Any]:
     """One process, so that its CPU seconds are all there are."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -135,6 +167,7 @@ PEERS = {
     "transformers": transformers,
     "sentence-transformers": sentence_transformers,
     "onnxruntime": onnxruntime,
+    "fastembed": fastembed,
     "vllm": vllm,
 }
 

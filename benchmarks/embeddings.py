@@ -2,8 +2,8 @@
 
 Every cell embeds a batch of texts of equal length, by token ids, so that no padding helps or hurts a peer. Quire in
 float32 and int8 and its peers take turns on the same weights and threads. `--python` is an interpreter with the peers
-(torch, transformers, sentence-transformers, onnxruntime, onnx), `--vllm` one with vLLM; each peer runs in a process of
-its own. A cell has the
+(torch, transformers, sentence-transformers, onnxruntime, onnx, fastembed), `--vllm` one with vLLM; each peer runs in a
+process of its own. A cell has the
 texts per CPU second of the median round, since other work on the machine changes seconds more than CPU seconds, and
 for each peer the median of its CPU seconds by those of Quire in float32 in the same round. Prints JSON; the last entry
 is the cosine between the vectors of int8 and float32 for texts of `docs/`.
@@ -31,7 +31,7 @@ TokenIds = list[list[int]]
 Embed = Callable[[TokenIds], tuple[float, Sequence[float]]]
 """Texts -> CPU seconds, and the first text's vector."""
 LENGTHS, BATCHES = (16, 64, 128, 256, 512), (1, 8, 64, 256)
-PEERS = ("transformers", "sentence-transformers", "onnxruntime", "vllm")
+PEERS = ("transformers", "sentence-transformers", "onnxruntime", "fastembed", "vllm")
 QUIRE = "quire float32"
 
 
