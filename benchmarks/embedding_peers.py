@@ -1,6 +1,7 @@
 """A peer of `benchmarks.embeddings` in its own interpreter, which needs neither Quire nor its dependencies.
 
-Reads lines of JSON, lists of texts as token ids, and answers each with [seconds, CPU seconds, the first vector].
+Reads lines of JSON, [texts as token ids, how often they are embedded], and answers each with [seconds, CPU seconds, the
+first vector].
 """
 
 import json
@@ -23,10 +24,11 @@ def main() -> None:
     embed = PEERS[peer](model, threads)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        texts = json.loads(line)
+        texts, repeats = json.loads(line)
         started, cpu = time.perf_counter(), time.process_time()
         batch = len(texts) if peer == "vllm" else BATCH  # vLLM makes its own batches
-        vectors = [embed(texts[first : first + batch]) for first in range(0, len(texts), batch)]
+        for _ in range(repeats):
+            vectors = [embed(texts[first : first + batch]) for first in range(0, len(texts), batch)]
         seconds = time.perf_counter() - started, time.process_time() - cpu
         print(json.dumps([*seconds, vectors[0][0].tolist()]), file=answers, flush=True)
 

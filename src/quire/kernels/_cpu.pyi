@@ -153,7 +153,7 @@ def draw_tokens(
 ) -> None: ...
 def post_norm_layers(
     x: Tensor,
-    layers: list[PostNormLayer],
+    layers: Sequence[PostNormLayer],
     num_heads: int,
     inner: int,
     activation: str,
