@@ -1,6 +1,7 @@
 """A peer of `benchmarks.embeddings` in its own interpreter, which needs neither Quire nor its dependencies.
 
-Reads lines of JSON, lists of texts as token ids, and answers each with [seconds, CPU seconds, the first vector].
+Reads lines of JSON, [texts as token ids, how often they are embedded], and answers each with [seconds, CPU seconds, the
+first vector].
 """
 
 import json
@@ -23,10 +24,11 @@ def main() -> None:
     embed = PEERS[peer](model, threads)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        texts = json.loads(line)
+        texts, repeats = json.loads(line)
         started, cpu = time.perf_counter(), time.process_time()
         batch = len(texts) if peer == "vllm" else BATCH  # vLLM makes its own batches
-        vectors = [embed(texts[first : first + batch]) for first in range(0, len(texts), batch)]
+        for _ in range(repeats):
+            vectors = [embed(texts[first : first + batch]) for first in range(0, len(texts), batch)]
         seconds = time.perf_counter() - started, time.process_time() - cpu
         print(json.dumps([*seconds, vectors[0][0].tolist()]), file=answers, flush=True)
 
@@ -85,6 +87,38 @@ def onnxruntime(model: Path, threads: int) -> Callable[[TokenIds], Any]:
     return embed
 
 
+def fastembed(model: Path, threads: int) -> Callable[[TokenIds], Any]:
+    """TextEmbedding over the same graph. Its tokenizer is left out, since every peer is given ids."""
+    import numpy as np
+    from fastembed import TextEmbedding  # type: ignore[import-not-found]
+    from fastembed.common.model_description import ModelSource, PoolingType  # type: ignore[import-not-found]
+
+    if not (model / "onnx" / "model.onnx").is_file():
+        export_onnx(model, model / "onnx" / "model.onnx")
+    TextEmbedding.add_custom_model(
+        model="local",
+        pooling=PoolingType.MEAN,
+        normalization=True,
+        sources=ModelSource(hf="local"),
+        dim=json.loads((model / "config.json").read_text())["hidden_size"],
+        model_file="onnx/model.onnx",
+    )
+    network = TextEmbedding("local", specific_model_path=str(model), threads=threads).model
+    network.tokenize = lambda texts, **_: [_Encoded(ids) for ids in texts]  # the others are given ids as well
+
+    def embed(texts: TokenIds) -> Any:
+        return np.array(list(network.embed(texts, batch_size=BATCH)))
+
+    return embed
+
+
+class _Encoded:
+    """What the tokenizer of fastembed makes of a text."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.attention_mask = ids, [1] * len(ids)
+
+
 def vllm(model: Path, threads: int) -> Callable[[TokenIds], Any]:
     """One process, so that its CPU seconds are all there are."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -135,6 +169,7 @@ PEERS = {
     "transformers": transformers,
     "sentence-transformers": sentence_transformers,
     "onnxruntime": onnxruntime,
+    "fastembed": fastembed,
     "vllm": vllm,
 }
 

@@ -37,6 +37,28 @@ const ExchangeApi* exchange_api_of(PyTypeObject* type) {
     return api;
 }
 
+// Grows where it is too small.
+class KeptMemory {
+public:
+    float* of(size_t floats) {
+        if (size_ < floats) {
+            area_.reset();
+            size_ = 0;
+            area_.reset(static_cast<float*>(::operator new(floats * sizeof(float), kCacheLine)));
+            size_ = floats;
+        }
+        return area_.get();
+    }
+
+private:
+    static constexpr std::align_val_t kCacheLine{64};
+    struct Release {
+        void operator()(float* p) const { ::operator delete(p, kCacheLine); }
+    };
+    std::unique_ptr<float, Release> area_;
+    size_t size_ = 0;
+};
+
 }  // namespace
 
 const Kernels* kernels = supported_kernels()[0];
@@ -80,19 +102,13 @@ Element element_of(const Argument& argument) {
 }
 
 float* scratch_of(size_t floats) {
-    constexpr std::align_val_t cache_line{64};
-    struct Release {
-        void operator()(float* p) const { ::operator delete(p, cache_line); }
-    };
-    thread_local std::unique_ptr<float, Release> area;
-    thread_local size_t size = 0;
-    if (size < floats) {
-        area.reset();
-        size = 0;
-        area.reset(static_cast<float*>(::operator new(floats * sizeof(float), cache_line)));
-        size = floats;
-    }
-    return area.get();
+    thread_local KeptMemory memory;
+    return memory.of(floats);
+}
+
+float* activations_of(size_t floats) {
+    thread_local KeptMemory memory;
+    return memory.of(floats);
 }
 
 char* bytes_of_scratch(size_t bytes) { return reinterpret_cast<char*>(scratch_of((bytes + 3) / sizeof(float))); }

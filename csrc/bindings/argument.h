@@ -118,6 +118,8 @@ Element element_of(const Argument& argument);
 // Memory for the calling thread's next operation, kept from call to call so that no layer pays for fresh pages.
 float* scratch_of(size_t floats);
 char* bytes_of_scratch(size_t bytes);
+// The same for what several operations pass on.
+float* activations_of(size_t floats);
 
 // Each adds the operations of its file to the module.
 void bind_elementwise(nb::module_& m);
@@ -125,6 +127,7 @@ void bind_attention(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_lora(nb::module_& m);
+void bind_post_norm(nb::module_& m);
 void bind_sampling(nb::module_& m);
 
 }  // namespace quire::bindings

@@ -4,7 +4,7 @@
 
 #include <omp.h>
 
-#include "argument.h"
+#include "operations.h"
 
 namespace quire::bindings {
 namespace {
@@ -37,6 +37,8 @@ KVCache kv_cache(const Tensor& k_cache, const std::optional<Tensor>& v_cache) {
     return cache;
 }
 
+}  // namespace
+
 void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, std::optional<Tensor> v_cache,
               const Tensor& slots) {
     const KVCache cache = kv_cache(k_cache, v_cache);
@@ -48,6 +50,8 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, std::opti
     nb::gil_scoped_release release;
     kernels->write_kv(key.rows(), value.rows(), cache, slot, tokens);
 }
+
+namespace {
 
 void copy_blocks(const std::vector<Tensor>& k_caches, const std::vector<std::optional<Tensor>>& v_caches,
                  const Tensor& pairs) {
@@ -64,6 +68,8 @@ void copy_blocks(const std::vector<Tensor>& k_caches, const std::vector<std::opt
     nb::gil_scoped_release release;
     copy_cache_blocks(caches.data(), caches.size(), pair.pointer<int32_t>(), pair.size(0));
 }
+
+}  // namespace
 
 void paged_attention(const Tensor& q, const Tensor& k_cache, std::optional<Tensor> v_cache, const Tensor& query_start_loc,
                      const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& shared,
@@ -110,8 +116,6 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, std::optional<Tenso
     nb::gil_scoped_release release;
     kernels->attention(a);
 }
-
-}  // namespace
 
 void bind_attention(nb::module_& m) {
     m.def("write_kv", &write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache").none(),

@@ -1,6 +1,6 @@
 // Operations on rows: norms, rotation, and gates.
 
-#include "argument.h"
+#include "operations.h"
 
 namespace quire::bindings {
 namespace {
@@ -20,6 +20,8 @@ void rms_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& wei
     kernels->rms_norm(input.rows(), total, scale, eps, output.pointer<float>(), rows, columns);
 }
 
+}  // namespace
+
 void layer_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, std::optional<Tensor> bias, float eps,
                 const Tensor& out) {
     const Argument input("x", x), output("out", out);
@@ -34,6 +36,8 @@ void layer_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& w
     nb::gil_scoped_release release;
     kernels->layer_norm(input.rows(), total, scale, shift, eps, output.pointer<float>(), rows, columns);
 }
+
+namespace {
 
 void rms_norm_heads(const Tensor& x, const Tensor& weight, float eps) {
     const Argument input("x", x);

@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include "input_op.h"
+#include "operations.h"
 #include "packed_weights.h"
 
 namespace quire::bindings {
@@ -43,6 +44,8 @@ LinearInput linear_input(const Tensor& x, const std::string& op, const std::opti
     return made;
 }
 
+}  // namespace
+
 void linear(const Tensor& x, const std::string& op, std::optional<Tensor> residual, std::optional<Tensor> norm_weight,
             float eps, const Tensor& packed, std::optional<Tensor> bias, const Tensor& out) {
     Linear a{};
@@ -60,6 +63,8 @@ void linear(const Tensor& x, const std::string& op, std::optional<Tensor> residu
     nb::gil_scoped_release release;
     kernels->linear(a);
 }
+
+namespace {
 
 void quantize_groups(const Tensor& x, int64_t group, bool rotates, const Tensor& bytes, const Tensor& scales) {
     const Argument input("x", x), output("bytes", bytes), scale("scales", scales);
@@ -86,6 +91,8 @@ void quantize_linear(const Tensor& weight, const Tensor& packed, const Tensor& s
     kernels->quantize_linear(source.pointer<void>(), from, source.size(0), source.size(1), to, first_row);
 }
 
+}  // namespace
+
 void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
                       std::optional<Tensor> norm_weight, float eps, const Tensor& packed, const Tensor& scales,
                       int bits, int64_t group, bool rotates, std::optional<Tensor> bias, const Tensor& out) {
@@ -109,6 +116,8 @@ void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tens
     nb::gil_scoped_release release;
     kernels->linear_quantized(a);
 }
+
+namespace {
 
 void linear_coded(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
                   std::optional<Tensor> norm_weight, float eps, const Coded& weight, std::optional<Tensor> bias,

@@ -48,5 +48,6 @@ NB_MODULE(_cpu, m) {
     bind_linear(m);
     bind_experts(m);
     bind_lora(m);
+    bind_post_norm(m);
     bind_sampling(m);
 }

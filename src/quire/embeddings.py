@@ -88,7 +88,12 @@ class RerankResult:
 
 def embedding_params(truncate_prompt_tokens: int | None = None) -> SamplingParams:
     """Parameters of a request of the task embed. Nothing is random, so that it takes no seed from other requests."""
+    if truncate_prompt_tokens is None:
+        return _WHOLE_TEXTS
     return SamplingParams(detokenize=False, seed=0, truncate_prompt_tokens=truncate_prompt_tokens)
+
+
+_WHOLE_TEXTS = SamplingParams(detokenize=False, seed=0)
 
 
 def make_embedding(output: RequestOutput, *, normalize: bool) -> EmbeddingRequestOutput:

@@ -120,14 +120,6 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
     work = work[np.argsort(-cost, kind="stable")]
-    ends = work[:, WorkColumn.KEY_END]
-    lengths = seq_lens[work[:, WorkColumn.SEQUENCE]]
-    growth = [(ends, (ends == lengths).astype(np.int32))]
-    if shape.window > 0:  # the first key of a window that is full moves on as well
-        begins = work[:, WorkColumn.KEY_BEGIN]
-        growth.append((begins, (begins == lengths - shape.window).astype(np.int32)))
-    if len(shared):
-        growth.append((shared[:, SharedColumn.POSITION], np.ones(len(shared), dtype=np.int32)))
     return CpuAttentionPlan(
         query_start_loc=_tensor(query_start_loc),
         # Kernels count a token's position back from the length and let it see the keys up to there.
@@ -135,7 +127,7 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         block_tables=_tensor(block_tables),
         slots=_tensor(slots),
         work=_tensor(work),
-        growth=growth,
+        growth=[] if shape.lookahead else _growth(work, shared, seq_lens, shape.window),
         shared=_tensor(shared),
         merges=_tensor(merges),
         partials=torch.empty(num_partial_rows, (shape.value_dim or shape.head_dim) + 2),
@@ -143,6 +135,20 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         num_threads=shape.num_threads,
         expanded=[_plan_expanded(step, shape, int(sequence)) for sequence in expanded],
     )
+
+
+def _growth(
+    work: Int32Array, shared: Int32Array, seq_lens: Int32Array, window: int
+) -> list[tuple[Int32Array, Int32Array]]:
+    """What one more token of every sequence adds to columns of `work` and `shared`."""
+    ends, lengths = work[:, WorkColumn.KEY_END], seq_lens[work[:, WorkColumn.SEQUENCE]]
+    growth = [(ends, (ends == lengths).astype(np.int32))]
+    if window > 0:  # the first key of a window that is full moves on as well
+        begins = work[:, WorkColumn.KEY_BEGIN]
+        growth.append((begins, (begins == lengths - window).astype(np.int32)))
+    if len(shared):
+        growth.append((shared[:, SharedColumn.POSITION], np.ones(len(shared), dtype=np.int32)))
+    return growth
 
 
 def _plan_expanded(step: StepArrays, shape: AttentionShape, sequence: int) -> ExpandedRun:
@@ -208,6 +214,7 @@ class _Sharers(NamedTuple):
 _NO_SHARERS = _Sharers(
     np.empty((0, len(WorkColumn)), dtype=np.int32), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 )
+_NO_SHARED, _NO_MERGES = (np.empty((0, len(columns)), dtype=np.int32) for columns in (SharedColumn, MergeColumn))
 
 
 def _cut_into_tiles(step: StepArrays, group: int, shape: AttentionShape) -> Int32Array:
@@ -300,6 +307,8 @@ def _lay_out_parts(
 
     The parts of a tile's own item come first, then those of the items that it shares.
     """
+    if len(sharers.items) == 0 and (num_splits == 1).all():  # as with short texts, where each call counts
+        return _NO_SHARED, _NO_MERGES, 0
     num_tiles = len(work) - len(sharers.items)
     tiles, tile_splits, item_splits = work[:num_tiles], num_splits[:num_tiles], num_splits[num_tiles:]
     tokens = tiles[:, WorkColumn.NUM_TOKENS].astype(np.int64)
@@ -315,8 +324,7 @@ def _lay_out_parts(
     tiles[:, WorkColumn.PARTIAL_ROW] = np.where(num_parts > 1, partial_begin, -1)
     num_rows = int(partial_rows.sum())
     if len(sharers.items) == 0:
-        return np.empty((0, len(SharedColumn)), dtype=np.int32), merges, num_rows
-
+        return _NO_SHARED, merges, num_rows
     # The first part that a tile gets from each item that it shares.
     order = np.argsort(sharers.tile, kind="stable")
     by_tile, splits = sharers.tile[order], item_splits[sharers.item[order]]
@@ -346,9 +354,9 @@ def _lay_out_parts(
 
 def _split_keys(work: Int32Array, num_splits: Int64Array, num_heads: int, part_keys: int | None) -> Int32Array:
     """Each item becomes `num_splits` items with about equally many keys, or cut at multiples of `part_keys`."""
-    item, part = enumerate_runs(num_splits)
-    if len(item) == len(work):
+    if (num_splits == 1).all():
         return work
+    item, part = enumerate_runs(num_splits)
     work, count = work[item], num_splits[item]
     begin = work[:, WorkColumn.KEY_BEGIN].astype(np.int64)
     end = work[:, WorkColumn.KEY_END].astype(np.int64)
@@ -368,12 +376,13 @@ def _split_keys(work: Int32Array, num_splits: Int64Array, num_heads: int, part_k
 
 def _share_out_heads(work: Int32Array, num_groups: Int64Array, num_kv_heads: int) -> Int32Array:
     """Each item becomes `num_groups` items with about equally many heads."""
+    if (num_groups == 1).all():
+        return work
     item, group = enumerate_runs(num_groups)
-    if len(item) > len(work):
-        work = work[item]
-        head_begin = group * num_kv_heads // num_groups[item]
-        work[:, WorkColumn.HEAD_BEGIN] = head_begin
-        work[:, WorkColumn.NUM_HEADS] = (group + 1) * num_kv_heads // num_groups[item] - head_begin
+    work = work[item]
+    head_begin = group * num_kv_heads // num_groups[item]
+    work[:, WorkColumn.HEAD_BEGIN] = head_begin
+    work[:, WorkColumn.NUM_HEADS] = (group + 1) * num_kv_heads // num_groups[item] - head_begin
     return work
 
 

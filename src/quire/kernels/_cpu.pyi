@@ -13,6 +13,11 @@ Blocks = tuple[Sequence[Tensor], Sequence[str], bool, bool]
 Tokens = tuple[Tensor, Tensor, Tensor, str, float, float, int]
 """x, chosen experts, weights, gate, alpha and limit of a clamped one, inner size."""
 
+Dense = tuple[Tensor, Tensor | None, tuple[Tensor, int, int, bool] | None]
+"""Packed weight and bias; scales, bits, group and rotation where it is quantised."""
+Norm = tuple[Tensor, Tensor | None, float]
+PostNormLayer = tuple[Dense, Dense, Norm, Dense, Dense, Norm]
+
 def supported_isas() -> list[str]: ...
 def use_isa(isa: str) -> None: ...
 def fault(isa: str, stand_in: str = ...) -> str | None: ...
@@ -145,4 +150,18 @@ def draw_tokens(
     uniforms: Tensor,
     peaks: Tensor,
     ids: Tensor,
+) -> None: ...
+def post_norm_layers(
+    x: Tensor,
+    layers: Sequence[PostNormLayer],
+    num_heads: int,
+    inner: int,
+    activation: str,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    plan: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int],
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> None: ...

@@ -23,6 +23,7 @@ from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.coded_panels import pack_panels
 from quire.kernels.cpu_arguments import blocks_of, codes_of, form_of, parts_of, refuse_scales, stored_values
 from quire.kernels.cpu_isa import describe, isa, supported_isas, use_best_isa, use_isa
+from quire.kernels.cpu_post_norm import post_norm_layers_
 from quire.kernels.expert_products import pack_each
 from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.interface import (
@@ -70,6 +71,7 @@ __all__ = [
     "pack_experts",
     "pack_linear",
     "paged_attention",
+    "post_norm_layers_",
     "quantize_groups",
     "quantize_linear",
     "rms_norm",

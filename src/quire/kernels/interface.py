@@ -207,6 +207,37 @@ class PackedExperts:
     """silu, gelu, gelu_tanh, relu or clamped_swiglu."""
 
 
+class DenseWeight(NamedTuple):
+    """A dense layer."""
+
+    packed: PackedWeight
+    bias: Tensor | None
+    """[num_outputs] float32"""
+    num_outputs: int
+
+
+class LayerNormWeight(NamedTuple):
+    """A LayerNorm of rows of H."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class PostNormWeights(NamedTuple):
+    """A layer of an encoder whose norms follow the additions."""
+
+    qkv: DenseWeight
+    """Queries, keys and values side by side."""
+    o: DenseWeight
+    attention_norm: LayerNormWeight
+    up: DenseWeight
+    activation: str
+    """silu, gelu, gelu_tanh, relu or relu2."""
+    down: DenseWeight
+    mlp_norm: LayerNormWeight
+
+
 class Allocate(Protocol):
     """Returns zeroed memory for a packed weight: `torch.zeros`, or memory that the caller has reserved."""
 
@@ -308,6 +339,18 @@ class Kernels(Packing, Protocol):
     def activation_linear(
         self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
     ) -> Tensor: ...
+
+    def post_norm_layers_(
+        self,
+        x: Tensor,
+        layers: Sequence[PostNormWeights],
+        num_heads: int,
+        kv: KVLayer,
+        plan: AttentionPlan,
+        params: AttentionParams,
+    ) -> None:
+        """On weights in floats or quantised, not in codes or blocks; without slopes or sinks."""
+        ...
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
 

@@ -33,6 +33,7 @@ from quire.kernels.lora import add_lora as add_lora
 from quire.kernels.low_bit import quantize_groups as quantize_groups
 from quire.kernels.low_bit import quantize_linear as quantize_linear
 from quire.kernels.low_bit import quantize_rows
+from quire.kernels.post_norm import layer_after_layer
 from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.kernels.unfused import layer_norm as layer_norm
 from quire.kernels.unfused import unfused
@@ -264,6 +265,7 @@ experts = ExpertLoop(linear, linear_quantized, linear_coded)
 rms_norm_linear, glu_linear, activation_linear = unfused(
     rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
 )
+post_norm_layers_ = layer_after_layer(__name__)
 
 
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:

@@ -21,6 +21,7 @@ from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer, KVShape
 from quire.kernels.lora import LORA_TILE
 from quire.kernels.lora import add_lora_in_tiles as add_lora
+from quire.kernels.post_norm import layer_after_layer
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import (
     gather_rows_quantized,
@@ -61,6 +62,7 @@ __all__ = [
     "pack_experts",
     "pack_linear",
     "paged_attention",
+    "post_norm_layers_",
     "quantize_linear",
     "rms_norm",
     "rms_norm_heads_",
@@ -179,6 +181,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
 rms_norm_linear, glu_linear, activation_linear = unfused(
     rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
 )
+post_norm_layers_ = layer_after_layer(__name__)
 
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:

@@ -21,6 +21,7 @@ from quire.models.blocks import GatedMLP, PlainMLP, SelfAttention, fused_attenti
 from quire.models.builder import Builder
 from quire.models.decoder import MLP, DecoderLayer
 from quire.models.distance_biases import distance_biases
+from quire.models.joined_layers import joined_layers
 from quire.models.llama import rotary_tables
 from quire.models.opt import PostNormLayer
 from quire.models.pooler import Pooler
@@ -160,6 +161,8 @@ class Encoder:
             self._add_layer(model.scope(f"{layers}.{index}"), names, index, attention)
         if config.norm_before:
             self.norm = model.norm(names.norm)
+        self.kernels = kernels
+        self.joined = joined_layers(self.layers, self.norm)
 
     def _add_layer(self, build: Builder, names: EncoderNames, index: int, attention: SelfAttention) -> None:
         mlp = _mlp(build, names)
@@ -180,6 +183,8 @@ class Encoder:
             else:
                 x += self.types[context.token_types]
         residual = self.embedding_norm(x, None if self.positions is None else self.positions(context.positions))
+        if self.joined is not None and context.output_tokens is None:
+            return self.joined(self.kernels, residual, context)
         update, inner = None, context.for_inner_layers
         for layer in self.layers[:-1]:
             residual, update = layer(residual, update, inner)
@@ -191,6 +196,7 @@ class Encoder:
 
     def scale_kv(self) -> None:
         """Scale keys and values for a cache of float8 from now on."""
+        self.joined = None
         for layer in self.layers:
             layer.attention.scale_kv(layer.attention_norm)
 

@@ -37,7 +37,8 @@ class Pooler:
         """hidden [R, H] of the texts' tokens one after the other, or of their last tokens alone; lengths int64 [n], how
         many rows each has -> vectors [n, size] float32."""
         ends = lengths.cumsum(0)
-        vectors = torch.cat([_pool(method, hidden, lengths, ends) for method in self.methods], dim=1)
+        pooled = [_pool(method, hidden, lengths, ends) for method in self.methods]
+        vectors = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
         for step in self.steps:
             vectors = step(vectors)
         return vectors

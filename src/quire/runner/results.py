@@ -182,12 +182,16 @@ def fetch_vectors(
     """Begin to read the vectors of the plan's `pool_rows`, made of the hidden states [R, H]: by default those of last
     tokens. Returns what fills in `result.vectors`."""
     pool_rows, starts = step.plan.pool_rows, step.batch.query_start_loc
-    last = starts[1:][pool_rows] - np.int32(1)
-    first = starts[:-1][pool_rows] if pooler is not None and pooler.reads_all_tokens else last
-    lengths = (last - first + 1).astype(np.int64)
-    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    tokens = (np.repeat(first, lengths) + offsets).astype(np.int32)
-    vectors = hidden[to_device(sent.hidden_indices(tokens), hidden.device)]
+    reads_all = pooler is not None and pooler.reads_all_tokens
+    if reads_all and sent.selection is None and pool_rows == list(range(len(starts) - 1)):
+        vectors, lengths = hidden, np.diff(starts).astype(np.int64)
+    else:
+        last = starts[1:][pool_rows] - np.int32(1)
+        first = starts[:-1][pool_rows] if reads_all else last
+        lengths = (last - first + 1).astype(np.int64)
+        offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        tokens = (np.repeat(first, lengths) + offsets).astype(np.int32)
+        vectors = hidden[to_device(sent.hidden_indices(tokens), hidden.device)]
     if pooler is not None:
         vectors = pooler(vectors, torch.from_numpy(lengths).to(hidden.device))
     # `fetch` reads int32, and the bits of a float32 are as good.

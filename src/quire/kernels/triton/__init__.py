@@ -12,6 +12,7 @@ from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.lora import LORA_TILE
 from quire.kernels.lora import add_lora_in_tiles as add_lora
+from quire.kernels.post_norm import layer_after_layer
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.sdpa import kv_cache_shapes, latent_layer, linear_coded, pack_coded
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
@@ -58,6 +59,7 @@ __all__ = [
     "pack_experts",
     "pack_linear",
     "paged_attention",
+    "post_norm_layers_",
     "quantize_linear",
     "rms_norm",
     "rms_norm_heads_",
@@ -69,6 +71,8 @@ __all__ = [
     "silu_and_mul",
     "write_kv",
 ]
+
+post_norm_layers_ = layer_after_layer(__name__)
 
 
 def describe() -> str:
