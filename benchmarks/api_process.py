@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -37,6 +38,8 @@ MODEL = "m"
 LENGTHS = (16, 116)
 LONG_PROMPT_TOKENS = 44_000
 _LONG_REQUESTS = 5
+_START_SECONDS = 3600
+"""Time for vLLM's engine to start. On a busy machine its ten minutes are not enough."""
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True},
     "/v1/completions": {"prompt": "Hello", "ignore_eos": True},
@@ -78,6 +81,12 @@ class Cost:
 # -- servers ----------------------------------------------------------------------------------------------------------
 
 
+def allow_streams() -> None:
+    """Let this process and the servers that it starts have as many sockets as the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 @contextmanager
 def quire_server(name: str, folder: Path, num_streams: int, *, stand_in: bool) -> Iterator[Server]:
     """`quire serve`, with a stand-in engine if asked."""
@@ -102,6 +111,7 @@ def vllm_server(name: str, peers: Path, folder: Path, num_streams: int, port: in
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
     environment = {**os.environ, **vllm_environment(python, os.sched_getaffinity(0)), "HF_HUB_OFFLINE": "1"}
     environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    environment["VLLM_ENGINE_READY_TIMEOUT_S"] = str(_START_SECONDS)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         _wait_for(process, r"(Application startup) complete", "Application startup complete")
@@ -250,6 +260,7 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="Quire with its real engine too")
     parser.add_argument("--no-long-prompt", action="store_true", help="leave out the prompt of 44,000 tokens")
     given = parser.parse_args()
+    allow_streams()
     paths = given.endpoints.split(",")
     print("| endpoint | server | streams | µs a token | ms a request | events a token |\n|---|---|---|---|---|---|")
     for count in (int(text) for text in given.streams.split(",")):

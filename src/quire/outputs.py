@@ -70,6 +70,11 @@ class RequestMetrics:
     num_accepted_tokens: int = 0
     """Draft tokens that were accepted."""
 
+    def note_tokens(self, now: float) -> None:
+        """Tokens have come."""
+        self.first_token_time = self.first_token_time or now
+        self.last_token_time = now
+
 
 @dataclass(slots=True)
 class RequestOutput:

@@ -334,11 +334,11 @@ def test_takes_linear_time(load_tokenizer: Load, name: str, kind: str) -> None:
         for _ in range(3):
             detokenizer = Detokenizer(tokenizer, SamplingParams(stop=stop or (), max_tokens=None))
             output = (ids * length)[:length]
-            started = time.perf_counter()
+            started = time.thread_time()
             for token_id in output:
                 detokenizer.append([token_id])
                 detokenizer.delta()
-            times.append(time.perf_counter() - started)
+            times.append(time.thread_time() - started)
         return min(times)
 
     assert seconds(20_000) < 8 * seconds(5_000) + 0.02
@@ -347,8 +347,8 @@ def test_takes_linear_time(load_tokenizer: Load, name: str, kind: str) -> None:
 def test_word_pieces_take_linear_time(word_pieces: Tokenizer) -> None:
     """The window over the last tokens stays small, even if a character never ends."""
     detokenizer = Detokenizer(word_pieces, SamplingParams())
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(5_000):
         detokenizer.append([1])
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5
     assert detokenizer.text == " ".join(["to"] * 5_000)

@@ -165,12 +165,14 @@ class _Decoder(ABC):
 
 
 class _PieceDecoder(_Decoder):
-    """For vocabularies that decode by joining bytes: a table and an incremental UTF-8 decoder."""
+    """For vocabularies that decode by joining bytes: tables and an incremental UTF-8 decoder."""
 
     def __init__(
         self, tokenizer: Tokenizer, rules: PieceRules, hidden: frozenset[int], prompt_token_ids: Sequence[int]
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
+        self._whole_texts = tokenizer.whole_texts
+        self._special = tokenizer.special_ids
         self._hidden = hidden
         # The library shows a broken character as one U+FFFD in a byte-level vocabulary, else as one for each byte.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace" if rules.byte_level else _EACH_BYTE)
@@ -179,11 +181,23 @@ class _PieceDecoder(_Decoder):
         # The prompt may end inside a character that the output completes.
         tail = [self._token_bytes(token_id) for token_id in prompt_token_ids[-3:] if token_id not in hidden]
         self._utf8.decode(b"".join(tail))
+        self._stands_alone = self._at_border()
+
+    def _at_border(self) -> bool:
+        """Whether no character has begun and nothing is to be stripped: then what came before changes no token."""
+        return not self._strip_start and not self._utf8.getstate()[0]
 
     def add(self, token_id: int) -> str:
+        if self._stands_alone and (known := self._whole_texts.get(token_id)) is not None:
+            return known
         if token_id in self._hidden:
             return ""
-        return self._stripped(self._utf8.decode(self._token_bytes(token_id)))
+        stood_alone = self._stands_alone
+        text = self._stripped(self._utf8.decode(self._token_bytes(token_id)))
+        self._stands_alone = self._at_border()
+        if stood_alone and self._stands_alone and token_id not in self._special:
+            self._whole_texts[token_id] = text
+        return text
 
     def flush(self) -> str:
         return self._stripped(self._utf8.decode(b"", final=True))

@@ -128,18 +128,18 @@ class InputProcessor:
             vocab_size=self._vocab_size,
             max_logprobs=self._max_logprobs,
             max_model_len=self._max_model_len,
-            knows_prompt=is_known or self._knows(token_ids),
+            knows_prompt=is_known or self._known(token_ids) is not None,
         )
         return request, text
 
-    def _knows(self, token_ids: list[int]) -> bool:
-        """Whether all are integers of the vocabulary: a quarter of the time of min and max. False if this cannot say,
-        as with numpy's integers."""
+    def _known(self, token_ids: list[int]) -> list[int] | None:
+        """A copy, if all are integers of the vocabulary: a quarter of the time of min and max. None if this cannot say
+        so, as with numpy's integers."""
         try:
-            msgspec.convert(token_ids, self._known_ids)
+            copy: list[int] = msgspec.convert(token_ids, self._known_ids)
         except msgspec.ValidationError:
-            return False
-        return True
+            return None
+        return copy
 
     def _truncated(self, token_ids: list[int], keep: int, room: int) -> list[int]:
         """The last tokens, or what an encoder reads; −1: as many as there is room for."""
@@ -166,16 +166,16 @@ class InputProcessor:
             if self._tokenizer is None:
                 raise RequestError("the model has no tokenizer: send token ids instead of text", param="prompt")
             return _Tokens(prompt, self._tokenizer.encode(prompt))
-        token_ids = list(prompt)
         if isinstance(prompt, ImagePrompt):
-            return _Tokens(prompt.text, token_ids)
-        is_known = self._knows(token_ids)
-        if not is_known:
-            try:
-                msgspec.convert(token_ids, list[int])  # neither bool nor numpy's; quicker than a look at each type
-            except msgspec.ValidationError:
-                raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt") from None
-        return _Tokens(None, token_ids, is_known=is_known)
+            return _Tokens(prompt.text, list(prompt))
+        token_ids = prompt if type(prompt) is list else list(prompt)
+        if (known := self._known(token_ids)) is not None:
+            return _Tokens(None, known, is_known=True)
+        try:
+            copy = msgspec.convert(token_ids, list[int])  # neither bool nor numpy's; quicker than a look at each type
+        except msgspec.ValidationError:
+            raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt") from None
+        return _Tokens(None, copy)
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """`Tokenizer.bad_word_ids`. Raises `RequestError` if there is no tokenizer."""

@@ -260,6 +260,8 @@ class Metrics(Collector):
             _OWN + "inter_token_latency_seconds", "Between two tokens of a request", self._labels, _BETWEEN_TOKENS
         )
         self._register(self._token_gaps, in_vllm=True)
+        self.observe_token_gap = self._token_gaps.observe
+        """Takes the seconds between two tokens of one sample."""
         self._histograms = [(self._add_histogram(row.name, row.about, row.buckets), row.read) for row in _HISTOGRAMS]
         self._http = Counter("http_requests", "HTTP requests", ["handler", "method", "status"], registry=None)
         self._http_seconds = Histogram(
@@ -282,10 +284,6 @@ class Metrics(Collector):
             tokens -= self._latest.total_prompt_tokens + self._latest.total_generated_tokens
             self._step_tokens.observe(tokens / steps)
         self._latest = stats
-
-    def observe_token_gap(self, seconds: float) -> None:
-        """Time between two tokens of one sample."""
-        self._token_gaps.observe(seconds)
 
     def observe_request(
         self,

@@ -24,7 +24,7 @@ class _Sample:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.num_tokens = 0
-        """Output tokens so far; counted only if there is a detokenizer."""
+        """Output tokens so far; counted only where a stop string may end them."""
         self.whole: CompletionOutput | None = None
         """The sample's part of its request's `whole`."""
         self.ids: list[int] | None = None
@@ -56,6 +56,14 @@ class _RequestState:
         """An output with nothing in it yet."""
         prompt_token_ids = self.request.prompt_token_ids
         return RequestOutput(self.request.request_id, self.prompt, prompt_token_ids, [], metrics=self.metrics)
+
+
+class TextLine(NamedTuple):
+    """Turns the tokens of one sample into texts."""
+
+    next: Callable[[int], str]
+    """The text of the next token. Log when it came in `times`."""
+    times: RequestMetrics
 
 
 class _Growing(NamedTuple):
@@ -142,9 +150,11 @@ class OutputProcessor:
     ) -> bool:
         """What `_take` does for one token, in the case of nearly all: a stream's next token, and no stop strings.
         Returns False for others."""
-        text = self.next_text(request_id, index, token_id, now)
-        if text is None:
+        line = self.text_line(request_id, index)
+        if line is None:
             return False
+        text = line.next(token_id)
+        line.times.note_tokens(now)
         output = outputs.get(request_id)
         if output is None:
             state = self._states[request_id]
@@ -153,16 +163,13 @@ class OutputProcessor:
         output.outputs.append(CompletionOutput(index, text, [token_id]))
         return True
 
-    def next_text(self, request_id: str, index: int, token_id: int, now: float) -> str | None:
-        """The text of a sample's next token, if nothing but a text comes of it; else None, and nothing changes."""
+    def text_line(self, request_id: str, index: int) -> TextLine | None:
+        """What turns the tokens of a sample into texts, if nothing but a text comes of them until it ends."""
         state = self._states.get(request_id)
         sample = state.live.get(index) if state is not None else None
         if state is None or sample is None or sample.next_text is None or state.whole is not None:
             return None
-        metrics = state.metrics
-        metrics.first_token_time, metrics.last_token_time = metrics.first_token_time or now, now
-        sample.num_tokens += 1
-        return sample.next_text(token_id)
+        return TextLine(sample.next_text, state.metrics)
 
     def _take(
         self, delta: SequenceDelta, now: float, outputs: dict[str, RequestOutput], stopped: list[tuple[str, int]]
@@ -211,8 +218,7 @@ class OutputProcessor:
     def _open(self, state: _RequestState, delta: SequenceDelta, now: float) -> RequestOutput:
         metrics, counts = state.metrics, delta.counts
         if delta.token_ids:
-            metrics.first_token_time = metrics.first_token_time or now
-            metrics.last_token_time = now
+            metrics.note_tokens(now)
         if counts is not None:
             state.num_cached_tokens = max(0, counts.num_cached_tokens)
             if delta.token_ids or delta.vector is not None:

@@ -15,7 +15,7 @@ from quire.engine.blame import Blame, Quarantine
 from quire.engine.engine_child import Death
 from quire.engine.limits import NOTHING_YET
 from quire.engine.messages import Abort, Add, Stop, ToEngine
-from quire.engine.output_processor import OutputProcessor
+from quire.engine.output_processor import OutputProcessor, TextLine
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, QuarantinedError, QueueFullError, QuireError
 from quire.outputs import RequestOutput, SequenceDelta, StepDeltas
@@ -57,6 +57,8 @@ class Stream:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when `next` has something to return or to raise."""
     tap: Tap | None = None
+    lines: dict[int, TextLine] = field(default_factory=dict)
+    """Of the samples from which the tap takes tokens."""
     is_awaited: bool = False
     """The consumer waits in `next`."""
     replayed: RequestOutput | None = None
@@ -221,10 +223,11 @@ class RequestStreams:
             token_ids.append(token_id)
             tap = stream.tap
             if tap is not None and stream.is_awaited and stream.output is None and tap.ready():
-                text = self._outputs.next_text(request_id, index, token_id, now)
-                if text is not None:
+                line = stream.lines.get(index) or self._open_line(stream, index, now)
+                if line is not None:
+                    line.times.last_token_time = now
                     try:
-                        tap.add(index, text, token_id, now)
+                        tap.add(index, line.next(token_id), token_id, now)
                     except Exception as error:
                         self._abort(stream)
                         self.end(request_id, error)
@@ -232,6 +235,13 @@ class RequestStreams:
             rest.samples.append(sample)
             rest.token_ids.append(token_id)
         return rest
+
+    def _open_line(self, stream: Stream, index: int, now: float) -> TextLine | None:
+        line = self._outputs.text_line(stream.request.request_id, index)
+        if line is not None:
+            stream.lines[index] = line
+            line.times.note_tokens(now)
+        return line
 
     def end(self, request_id: str, error: Exception) -> None:
         """End a stream with an error. Unknown ids are ignored."""

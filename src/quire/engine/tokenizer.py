@@ -104,6 +104,8 @@ class Tokenizer:
         # The pickled state of a decoder is its part of tokenizer.json. Parsing the whole file takes far longer.
         self.pieces = PieceRules.of(backend.decoder and json.loads(backend.decoder.__getstate__()))
         self._bytes_of_token: dict[int, bytes] = {}  # filled on use; at most the vocabulary
+        self.whole_texts: dict[int, str] = {}
+        """Texts of ordinary tokens that are whole characters, as the detokenizers find them."""
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, max_prompt_chars: int = MAX_PROMPT_CHARS) -> "Tokenizer":

@@ -8,7 +8,6 @@ file: renderer and handler.
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import ClassVar, Protocol
 
 import msgspec
@@ -216,7 +215,7 @@ class Answer:
         follows each item but the last: the last steps of an answer count only with its end. Items that `direct` can
         write at once are not yielded."""
         replayed = {choice // self.generation.params.n for choice in self.generation.progress}
-        tap = None if direct is None else Tap(direct.ready, partial(self._write_token, direct.write, marked))
+        tap = None if direct is None else self._tap(direct, marked)
         async with aclosing(self.generation.run(engine, tap)) as outputs:
             async for prompt_index, output in outputs:
                 item = self._item(prompt_index, output, marked)
@@ -244,23 +243,29 @@ class Answer:
             raise sample_error(choices[0].sample)
         return self.renderer.whole(choices, self.usage)
 
-    def _write_token(
-        self, write: Callable[[bytes], None], marked: bool, index: int, text: str, token_id: int, now: float
-    ) -> None:
-        """Write the events of a token that adds nothing but text."""
-        self.usage.add_token()
-        if (write_text := self._text_events.get(index)) is not None:
-            if text:
+    def _tap(self, direct: DirectWriter, marked: bool) -> Tap:
+        """Writes the events of tokens that add nothing but text. It runs for every token, so it calls little."""
+        usage, text_events, write = self.usage, self._text_events, direct.write
+
+        def add(index: int, text: str, token_id: int, now: float) -> None:
+            usage.completion_tokens += usage.counts_output
+            write_text = text_events.get(index)
+            if write_text is None:
+                write(self._token_events(index, text, token_id, marked))
+            elif text:
                 write(write_text(text))
-            return
+
+        return Tap(direct.ready, add)
+
+    def _token_events(self, index: int, text: str, token_id: int, marked: bool) -> bytes:
+        """The events of one token; keeps what writes the next ones, where texts are all that differs."""
         delta = CompletionOutput(index, text, [token_id])
         events = self._delta_events(0, self._prompts[0], delta)
         if marked:
             events.append(mark([(index, delta)]))
         elif (write_text := self._quick_text(self._choices[index])) is not None:
             self._text_events[index] = write_text
-        if events:
-            write(b"".join(events))
+        return b"".join(events)
 
     def _quick_text(self, choice: Choice) -> Callable[[str], bytes] | None:
         if not choice.num_events or self.every_token or type(choice.reader) is not PlainReader:

@@ -129,7 +129,7 @@ class CompletionRenderer(Renderer):
         return sse(chunk)
 
     def text_events(self, choice: Choice, usage: UsageCounter) -> Callable[[str], bytes] | None:
-        return self._frame(choice, usage).fill if self._only_texts_vary else None
+        return self._frame(choice, usage).fill_one if self._only_texts_vary else None
 
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
         if not self.options.include_usage:

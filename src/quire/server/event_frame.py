@@ -12,16 +12,19 @@ _ENCODED_GAP = _encode(GAP)
 class EventFrame:
     """The bytes that all events of one kind share, encoded once."""
 
-    __slots__ = ("_first", "_rest")
+    __slots__ = ("_first", "_last", "_rest")
 
     def __init__(self, event: bytes) -> None:
         """`event` is encoded with `GAP` in place of each value that varies."""
         self._first, *self._rest = event.split(_ENCODED_GAP)
+        self._last = self._rest[-1]
+
+    def fill_one(self, value: str | int) -> bytes:
+        """The event with the value of its only gap."""
+        return b"".join((self._first, _encode(value), self._last))
 
     def fill(self, *values: str | int) -> bytes:
         """The event with a value for each gap, in their order in the JSON."""
-        if len(values) == 1:
-            return b"%b%b%b" % (self._first, _encode(values[0]), self._rest[0])
         parts = [self._first]
         for value, following in zip(values, self._rest, strict=True):
             parts += (_encode(value), following)

@@ -137,12 +137,20 @@ class Generation:
 
 
 def _counted(tap: Tap, watch: "RequestWatch", admission: Admission) -> Tap:
-    """`tap`, with what it takes counted."""
-    take = tap.add
+    """`tap`, with what it takes counted. It runs for every token of a server, so it calls little."""
+    take, observe_gap, use = tap.add, watch.metrics.observe_token_gap, admission.use
+    is_limited = use.key.tokens_per_minute is not None
 
     def add(index: int, text: str, token_id: int, now: float) -> None:
-        watch.note_token(now)
-        admission.note_tokens(1)
+        last = watch.last_token_time
+        if last and now > last:  # with several samples, those of one step have no time between them
+            observe_gap(now - last)
+        watch.last_token_time = now
+        watch.num_tokens += 1
+        if is_limited:
+            admission.note_tokens(1)
+        else:
+            use.num_generated_tokens += 1
         take(index, text, token_id, now)
 
     return Tap(tap.ready, add)
@@ -175,13 +183,6 @@ class RequestWatch:
         self.num_tokens += num_new
         self.last = output
         return num_new
-
-    def note_token(self, now: float) -> None:
-        """Count a token by itself; with several samples, those of one step have no time between them."""
-        if self.last_token_time and now > self.last_token_time:
-            self.metrics.observe_token_gap(now - self.last_token_time)
-        self.last_token_time = now
-        self.num_tokens += 1
 
     def end(self) -> None:
         """Count the request. Samples that have not finished count as aborted."""
@@ -229,10 +230,6 @@ class UsageCounter:
         if self.counts_output:
             for sample in output.outputs:
                 self.completion_tokens += len(sample.token_ids)
-
-    def add_token(self) -> None:
-        """Count an output token by itself."""
-        self.completion_tokens += self.counts_output
 
     def usage(self) -> Usage:
         """The tokens counted so far, as OpenAI's object."""

@@ -132,6 +132,8 @@ def check_shape(body: bytes) -> None:
 
 def _exceeds(body: bytes, mark: bytes, most: int) -> bool:
     """Whether `body` has more than `most` of the mark. Counting millions would take as long as decoding them."""
+    if len(body) <= most:
+        return False
     number = 0
     for begin in range(0, len(body), _PIECE_BYTES):
         number += body.count(mark, begin, begin + _PIECE_BYTES)
