@@ -213,6 +213,7 @@ static void multiply_row_of_codes(const Linear& a, const CodedWeight& w, const f
             const float* inputs = x + i;
             if (end - i < kCodesTogether) inputs = static_cast<const float*>(memcpy(rest, inputs, (end - i) * sizeof(float)));
             const int64_t run = i / kCodesTogether * coded_run_bytes(kind);
+            for (int j = 0; j < kWidth; j += kVectorsPerPanel) fetch_page_ahead(codes[j] + run, coded_run_bytes(kind));
 #pragma GCC unroll 2
             for (int first = 0; first < kWidth; first += kTogether) {
                 const auto step = [&]<size_t index>() {

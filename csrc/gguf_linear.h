@@ -54,7 +54,7 @@ constexpr int32_t kTakenFromCodes = Block::kLargest > 0 ? Block::kZeroPoint : kS
 template <class Block>
 constexpr int32_t kTakenFromWideCodes = Block::kLargest > 0 ? Block::kZeroPoint : 0;
 
-// A thread's room for a panel: kUnpackedLanes outputs after another.
+// A thread's room for a panel: kRowsTogether outputs after another.
 struct Panel {
     uint8_t* codes;
     float *scales, *offsets;
@@ -67,8 +67,8 @@ struct Panel {
           offsets(area.take<float>(k / 16 * kPanel)),
           k(k) {}
     QUIRE_INLINE UnpackedBlocks at(int64_t lane) const {
-        const int64_t lanes = lane / kUnpackedLanes, rest = lane % kUnpackedLanes, groups = k / 16 * kUnpackedLanes;
-        return {codes + lanes * k * kUnpackedLanes + rest * 4, scales + lanes * groups + rest, offsets + lanes * groups + rest};
+        const int64_t lanes = lane / kRowsTogether, rest = lane % kRowsTogether, groups = k / 16 * kRowsTogether;
+        return {codes + lanes * k * kRowsTogether + rest * 4, scales + lanes * groups + rest, offsets + lanes * groups + rest};
     }
 };
 
@@ -95,13 +95,13 @@ static QUIRE_INLINE void add_passes(PassesLeft& left, int64_t first, int64_t end
     const int32_t* groups = left.groups;
     for (; groups < left.end && *groups < end; ++groups, of_rows += kRows) {
         const int64_t pass_group = *groups - first;
-        int64_t at = pass_group * kPassSteps * kUnpackedLanes * 4;
+        int64_t at = pass_group * kPassSteps * kRowsTogether * 4;
         for (int half = 0; half < kHalves; ++half) {
             IntVec acc[kRows][kWidth] = {};
             for (int run = 0; run < kSteps; run += kRun) {
                 WordVec partial[kRows][kWidth] = {};
 #pragma GCC unroll 2
-                for (int step = 0; step < kRun; ++step, at += kUnpackedLanes * 4, words += kRows) {
+                for (int step = 0; step < kRun; ++step, at += kRowsTogether * 4, words += kRows) {
                     const auto add_part = [&]<int part>() {
                         WordVec codes[kWidth];
                         for (int j = 0; j < kWidth; ++j) codes[j] = Form::template wide_codes_at<part>(w[j].codes + at);
@@ -145,7 +145,7 @@ static QUIRE_INLINE void add_passes(PassesLeft& left, int64_t first, int64_t end
                 }
             }
             if (kWide && half == kHalves - 1) words += kPassSteps * kRows;
-            const int64_t group = (pass_group * kHalves + half) * kUnpackedLanes;
+            const int64_t group = (pass_group * kHalves + half) * kRowsTogether;
 #pragma GCC unroll 14
             for (int r = 0; r < kRows; ++r) {
                 const RowPass& of_row = of_rows[r];
@@ -190,7 +190,7 @@ static QUIRE_INLINE void add_passes(PassesLeft& left, int64_t first, int64_t end
     constexpr bool kInWords = Form::kStepsInWords > 0 && !kWide;
     constexpr int kRun = kInWords ? Form::kStepsInWords : kSteps;
     constexpr int kChains = kRun > 1 ? 2 : 1;
-    constexpr int64_t kStepBytes = kUnpackedLanes * 4, kPassWords = kWide ? 2 * kPassSteps : kPassSteps;
+    constexpr int64_t kStepBytes = kRowsTogether * 4, kPassWords = kWide ? 2 * kPassSteps : kPassSteps;
     for (; left.groups < left.end && *left.groups < end; ++left.groups, ++left.of_rows, left.words += kPassWords) {
         const int64_t group = (*left.groups - first) * kHalves;
 #pragma GCC unroll 2
@@ -219,7 +219,7 @@ static QUIRE_INLINE void add_passes(PassesLeft& left, int64_t first, int64_t end
                     }
                     if constexpr (kInWords) acc[0] = add_pairs(acc[0], partial[0] + partial[1]);
                 }
-                const int64_t scale = (group + half) * kUnpackedLanes;
+                const int64_t scale = (group + half) * kRowsTogether;
                 sums[0][j] += __builtin_convertvector(acc[0] + acc[1] - taken, Vec) * (load(w[j].scales + scale) * left.of_rows->scale);
                 if constexpr (Form::kOffsets) sums[0][j] += load(w[j].offsets + scale) * (left.of_rows->scale * float(sum));
             }
@@ -294,15 +294,14 @@ static void multiply_row_of_bytes(const BlockPart& part, int64_t begin, int64_t 
 // One row of x reads a weight once, so it is unpacked block after block and multiplied in the first cache.
 template <class Block, bool kWide, class Blocks>
 static void multiply_row(const BlockPart& part, int64_t begin, int64_t end, const BlockRows& x, const BlockOutputs& to) {
-    constexpr int64_t kRuns = kUnpackedLanes / kRowsTogether, kScales = Block::kValues / Block::kGroup * kUnpackedLanes;
-    constexpr int64_t kPasses = Block::kValues / kPassInputs;
-    constexpr int kWidth = int(kUnpackedLanes / kLanes);
-    constexpr bool kInPlace = kRuns == 1 && std::is_same_v<Block, Q8_0> && std::is_same_v<Blocks, InterleavedBlocks>;
-    alignas(64) uint8_t codes[Block::kValues * kUnpackedLanes];
+    constexpr int64_t kScales = Block::kValues / Block::kGroup * kRowsTogether, kPasses = Block::kValues / kPassInputs;
+    constexpr int kWidth = int(kRowsTogether / kLanes);
+    constexpr bool kInPlace = kRowsTogether == kInterleavedRows && std::is_same_v<Block, Q8_0> && std::is_same_v<Blocks, InterleavedBlocks>;
+    alignas(64) uint8_t codes[Block::kValues * kRowsTogether];
     alignas(64) float scales[kScales], offsets[Block::kOffsets ? kScales : 1];
     const UnpackedBlocks unpacked{codes, scales, offsets};
-    for (int64_t row = begin; row < end; row += kUnpackedLanes) {
-        Blocks blocks(part, row, end), next(part, row + kRowsTogether * (kRuns - 1), end);
+    for (int64_t row = begin; row < end; row += kRowsTogether) {
+        Blocks blocks(part, row, end);
         UnpackedBlocks w[kWidth];
         for (int j = 0; j < kWidth; ++j) w[j] = unpacked.from_lane(j * kLanes);
         Vec sums[1][kWidth] = {};
@@ -315,10 +314,6 @@ static void multiply_row(const BlockPart& part, int64_t begin, int64_t end, cons
                 Block::unpack(blocks, unpacked);
             }
             blocks.advance(Block::kBytes);
-            if constexpr (kRuns > 1) {
-                Block::unpack(next, unpacked.from_lane(kRowsTogether));
-                next.advance(Block::kBytes);
-            }
             add_passes<FormOf<Block>, kWide>(passes, pass, pass + kPasses, w,
                                              kWide ? kTakenFromWideCodes<Block> : kTakenFromCodes<Block>, sums);
         }
@@ -443,8 +438,8 @@ static void gather_rows_blocks(const BlockPart& from, int64_t k, const int32_t* 
             const UnpackedBlocks unpacked = panel.at(0);
             const auto put_row = [&](int64_t i, int64_t lane) {
                 for (int64_t j = 0; j < k; ++j) {
-                    const int64_t group = j / Block::kGroup * kUnpackedLanes + lane;
-                    const uint8_t code = unpacked.codes[(j / 4 * kUnpackedLanes + lane) * 4 + j % 4];
+                    const int64_t group = j / Block::kGroup * kRowsTogether + lane;
+                    const uint8_t code = unpacked.codes[(j / 4 * kRowsTogether + lane) * 4 + j % 4];
                     const int number = Block::kLargest > 0 ? int(code) - Block::kZeroPoint : int8_t(code);
                     const float scaled = float(number) * unpacked.scales[group];
                     out[i * k + j] = Block::kOffsets ? scaled + unpacked.offsets[group] : scaled;
@@ -456,7 +451,7 @@ static void gather_rows_blocks(const BlockPart& from, int64_t k, const int32_t* 
                 return;
             }
             for (int64_t i = begin; i < end; ++i) {
-                const int64_t lane = ids[i] % kRowsTogether;
+                const int64_t lane = ids[i] % kInterleavedRows;
                 unpack_rows<Block>(InterleavedBlocks(from, ids[i] - lane, from.num_rows), k, unpacked);
                 put_row(i, lane);
             }

@@ -1,4 +1,4 @@
-// Rows of GGUF's blocks eight by eight, as gguf_blocks.h reads them fastest; moves bytes, hence no instruction set.
+// Rows of GGUF's blocks eight by eight, as gguf_rows.h reads them fastest; moves bytes, hence no instruction set.
 
 #include <omp.h>
 #include <string.h>

@@ -197,7 +197,7 @@ struct BlockSizes {
 
 constexpr int64_t kInterleavedRows = 8;
 
-// Rows of blocks as a GGUF file has them, or eight by eight interleaved (gguf_blocks.h): a multiple of eight rows.
+// Rows of blocks as a GGUF file has them, or eight by eight interleaved (gguf_rows.h): a multiple of eight rows.
 struct BlockPart {
     const uint8_t* rows;
     int64_t row_bytes, num_rows;

@@ -153,6 +153,8 @@ static void multiply_low_bit(const LowBitLinear& a, const RowsOfBytes& x, float*
                     for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
                     ahead += share;
                 }
+                if constexpr (kRows == 1)
+                    for (int j = 0; j < kWidth; j += kVectorsPerPanel) fetch_page_ahead(weights[j], Stored::kPairBytes);
                 const auto step = [&]<int half>() {
                     using Factor = decltype(Stored::template factor<half>(weights[0]));
                     const auto factor = [&](int j) { return Stored::template factor<half>(weights[j]); };

@@ -41,6 +41,11 @@ QUIRE_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multipl
 QUIRE_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 QUIRE_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Fetches `bytes` of what is a page behind p: past the end of a page the processor's own fetching stops.
+QUIRE_INLINE void fetch_page_ahead(const uint8_t* p, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(p + 4096 + byte, 0, 3);
+}
+
 QUIRE_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 QUIRE_INLINE Vec lane_numbers() {
