@@ -35,6 +35,7 @@ def run(phases: str, checks: tuple[str, ...]) -> None:
         *("--checks", ",".join(checks), "--phases", phases, "--seed", "1"),
         *("--max-examples", str(EXAMPLES), "--exclude-path", ENDLESS),
         *("--continue-on-failure", "--no-shrink", "--warnings", "off"),
+        *("--request-timeout", "600"),  # its own ten seconds are an error on a busy machine
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
