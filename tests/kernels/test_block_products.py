@@ -162,14 +162,14 @@ def test_interleaved_rows_give_the_same_bits(name: str, both_digits: bool, isa: 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_interleaved_rows_are_the_files_bytes(name: str) -> None:
-    matrix = matrix_of(name, 16)
+    matrix = matrix_of(name, 24)
     interleaved = cpu.interleave_blocks(BlockWeight((matrix,)))
     assert interleaved.interleaved
     assert torch.equal(interleaved.parts[0].rows, interleaved_rows(matrix))
     (again,) = interleaved.matrices()
     assert torch.equal(again.rows, matrix.rows)
     assert cpu.interleave_blocks(interleaved) is interleaved
-    ids = torch.tensor([15, 0, 8, 8, 7], dtype=torch.int32)
+    ids = torch.tensor([23, 15, 0, 8, 8, 16, 7], dtype=torch.int32)
     found = cpu.gather_rows_quantized(interleaved, ids, NUM_INPUTS)
     assert torch.equal(found, cpu.gather_rows_quantized(cpu.pack_blocks([matrix]), ids, NUM_INPUTS))
 
