@@ -58,7 +58,7 @@ class Stream:
     """Set when `next` has something to return or to raise."""
     tap: Tap | None = None
     lines: dict[int, TextLine] = field(default_factory=dict)
-    """Of the samples from which the tap takes tokens."""
+    """One for each sample from which the tap takes tokens."""
     is_awaited: bool = False
     """The consumer waits in `next`."""
     replayed: RequestOutput | None = None
