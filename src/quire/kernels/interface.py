@@ -349,7 +349,8 @@ class Kernels(Packing, Protocol):
         plan: AttentionPlan,
         params: AttentionParams,
     ) -> None:
-        """On weights in floats or quantised, not in codes or blocks; without slopes or sinks."""
+        """Runs all layers of an encoder, in place: `post_norm.layer_after_layer` says what it computes. Weights are
+        floats or quantised, not codes or blocks; attention has neither slopes nor sinks."""
         ...
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
